@@ -1,0 +1,1 @@
+"""raycore: inference engine cores as Ray actors, orchestrated as one fleet."""

@@ -1,0 +1,1 @@
+"""The engine-core client: channels, router, journal and calls, held together by composition."""

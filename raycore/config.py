@@ -1,0 +1,179 @@
+"""The pool's configuration: frozen, parsed once; inner code gets the small struct it needs."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+import pydantic
+
+from raycore.errors import ConfigurationError
+
+POOL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,47}")
+"""Pool names appear in actor names, socket paths (107 bytes at most) and shared-memory file names."""
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """Every wait of the system has its limit here; seconds."""
+
+    capacity_s: float = 60.0
+    """Placement groups becoming ready."""
+    engine_start_s: float = 600.0
+    """One engine core from actor creation to listening, weights included."""
+    attach_s: float = 30.0
+    """A client's session with one engine becoming open."""
+    call_s: float = 60.0
+    """A utility call without a deadline of its own."""
+    drain_s: float = 30.0
+    """`shutdown` waiting for running requests before it aborts them."""
+    stop_s: float = 10.0
+    """An engine core ending by itself before it is killed."""
+    control_s: float = 30.0
+    """A Ray call that only hands over state."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of memory and of silence."""
+
+    lease_s: float = 30.0
+    """A session silent for longer is ended and its requests aborted."""
+    disconnect_grace_s: float = 1.0
+    """A session whose connection closed may come back for this long."""
+    session_backlog_bytes: int = 64 << 20
+    """Outputs queued in an engine for one slow client before its session ends."""
+    socket_high_water_mark: int = 1000
+    """Frames per peer that ZeroMQ holds in each direction."""
+    message_bytes: int = 256 << 20
+    """ZMQ_MAXMSGSIZE: a peer that claims more is disconnected."""
+    inline_tensor_bytes: int = 256
+    """Tensors up to this size travel inside the message."""
+    shared_memory_bytes: int = 64 << 10
+    """From this size on, tensors of one host go through a file in /dev/shm."""
+    session_requests: int = 65_536
+    """Requests that one session may have at once on one engine."""
+
+
+class HealthConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Liveness: how often an engine core beats and when silence is a hang."""
+
+    beat_interval_s: float = 0.25
+    hang_after_s: float = 5.0
+    """No beat for this long: the process hangs."""
+    first_beat_s: float = 20.0
+    step_budget_s: float = 30.0
+    """A step or call may take this long unless the engine declares another budget."""
+    grace_s: float = 1.0
+
+
+class PoolConfig(pydantic.BaseModel):
+    """All that a deployment is, as `launch` takes it. Unknown names are errors."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    pool: str = "default"
+    """Name of the deployment within the Ray namespace `raycore`."""
+    engine: str = "torch"
+    """`echo`, `torch`, or `module:function` of an engine factory importable on the nodes."""
+    model: str | None = None
+    """Checkpoint directory or GGUF file, as seen from the engines' nodes."""
+    engine_options: dict[str, Any] = pydantic.Field(default_factory=dict)
+    data_parallel_size: int = pydantic.Field(default=1, ge=1, le=1024)
+    tensor_parallel_size: int = pydantic.Field(default=1, ge=1)
+    max_data_parallel_size: int = pydantic.Field(default=8, ge=1)
+    """Where raycore starts a local Ray itself, it gives it logical CPUs for this many engines."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_cpus_per_engine: float = pydantic.Field(default=1, ge=0)
+    resources_per_engine: dict[str, float] = pydantic.Field(default_factory=dict)
+    """Further Ray resources of each rank, e.g. {"memory": 4e9}."""
+    node_strategy: Literal["pack", "spread", "strict"] = "pack"
+    """pack: fill nodes in order; spread: balance over nodes; strict: every used node holds the same number of ranks."""
+    label_selector: dict[str, str] = pydantic.Field(default_factory=dict)
+    """Ray node labels that every engine's node must have."""
+    forward_env: tuple[str, ...] = ("HF_*", "RAYCORE_*", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    """Names or patterns of the driver's environment variables that engines get, unless their node sets them."""
+    lifetime: Literal["scoped", "detached"] = "scoped"
+    tcp: Literal["auto", "always", "never"] = "auto"
+    """auto: engines bind TCP where their node's address is not loopback."""
+    on_engine_death: Literal["fail", "replay"] = "fail"
+    """What happens to a dead engine's requests: a typed error, or re-admission elsewhere."""
+    allow_pickle: bool = False
+    timeouts: Timeouts = Timeouts()
+    limits: Limits = Limits()
+    health: HealthConfig = HealthConfig()
+
+    @pydantic.field_validator("pool")
+    @classmethod
+    def _name_is_usable(cls, value: str) -> str:
+        if not POOL_NAME.fullmatch(value):
+            msg = "a pool name has 1 to 48 of [A-Za-z0-9_.-] and starts with a letter or digit"
+            raise ValueError(msg)
+        return value
+
+    @pydantic.field_validator("tensor_parallel_size")
+    @classmethod
+    def _one_process_per_rank(cls, value: int) -> int:
+        if value != 1:
+            msg = "tensor_parallel_size above 1 is not built yet"
+            raise ValueError(msg)
+        return value
+
+    @pydantic.field_validator("forward_env")
+    @classmethod
+    def _not_what_ray_sets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in NEVER_FORWARDED:
+            for pattern in value:
+                if fnmatch.fnmatchcase(name, pattern) or pattern.startswith("RAY_"):
+                    msg = f"{pattern!r} would forward {name}, which Ray or torch sets per worker"
+                    raise ValueError(msg)
+        return value
+
+
+NEVER_FORWARDED = ("RAY_ADDRESS", "RAY_worker_niceness", "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR")
+"""Copying these from a driver breaks workers (ray-notes, gotcha 10)."""
+
+
+def parse_config(values: Mapping[str, Any]) -> PoolConfig:
+    """The configuration of keyword values; ConfigurationError names each wrong one."""
+    try:
+        return PoolConfig(**values)
+    except (pydantic.ValidationError, TypeError) as error:
+        raise ConfigurationError(_readable(error)) from error
+
+
+def forwarded_environment(patterns: tuple[str, ...]) -> dict[str, str]:
+    """The driver's variables that match: the one place where the environment is read for engines."""
+    return {k: v for k, v in os.environ.items() if any(fnmatch.fnmatchcase(k, p) for p in patterns)}
+
+
+def _readable(error: Exception) -> str:
+    if not isinstance(error, pydantic.ValidationError):
+        return str(error)
+    parts = (f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+    return "; ".join(parts)
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What one engine core needs to come up; travels to its actor over Ray."""
+
+    pool: str
+    rank: int
+    incarnation: str
+    engine: str
+    model: str | None
+    engine_options: dict[str, Any]
+    device: str
+    tcp: str
+    limits: Limits
+    timeouts: Timeouts
+    health: HealthConfig
+    server_public_key: str = ""
+    server_secret_key: str = ""
+    client_public_key: str = ""
+    allow_pickle: bool = False
+
+    def __repr__(self) -> str:
+        return f"EngineSpec(pool={self.pool!r}, rank={self.rank}, incarnation={self.incarnation!r}, engine={self.engine!r})"
