@@ -1,0 +1,1 @@
+"""Channels between clients and engine cores: ZeroMQ between processes, memory within one. ZeroMQ is imported only here."""
