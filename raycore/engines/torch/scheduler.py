@@ -1,0 +1,218 @@
+"""What each step computes: continuous batching with chunked prefill, priorities and preemption. Pure; no tensors."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from raycore.engines.torch.blocks import BlockPool
+from raycore.engines.torch.sequence import Sequence
+
+
+@dataclass(slots=True, frozen=True)
+class Chunk:
+    """Tokens `start` to `start + length` of a sequence, computed in this step."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the step ends with logits for this sequence's next token."""
+        return self.start + self.length == len(self.sequence.tokens)
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the engine started."""
+
+    prefilled_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """Holds every sequence of the engine, waiting or running, and picks the next step's work.
+
+    Decodes go first, since each is one token that somebody waits for; what is left of the token budget goes to chunks of prompts, in order.
+    A sequence is admitted only when blocks for all its known tokens are free, so that admissions never preempt; a decode that
+    finds no block preempts the last sequence in order, which computes its tokens again later (cheaper than swapping for the
+    short contexts a small cache holds, and the prefix cache often still has them).
+    """
+
+    def __init__(self, pool: BlockPool, *, block_size: int, max_batch_tokens: int, max_sequences: int) -> None:
+        self.pool = pool
+        self.stats = SchedulerStats()
+        self._block_size = block_size
+        self._budget = max_batch_tokens
+        self._max_sequences = max_sequences
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._waiting_tokens = 0
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __contains__(self, handle: int) -> bool:
+        return handle in self._sequences
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that hold none."""
+        return len(self._waiting)
+
+    @property
+    def prefill_tokens_waiting(self) -> int:
+        """Known tokens still to compute before each sequence's next token."""
+        return self._waiting_tokens + sum(s.pending for s in self._running if s.pending > 1)
+
+    @property
+    def kv_tokens_used(self) -> int:
+        """Tokens' worth of blocks that sequences hold."""
+        return self.pool.held * self._block_size
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that this many tokens take."""
+        return -(-tokens // self._block_size)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        assert sequence.handle not in self._sequences
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        self._sequences[sequence.handle] = sequence
+        self._wait(sequence)
+
+    def remove(self, handle: int, *, discard: bool = False) -> Sequence | None:
+        """Forget a sequence and free its blocks; with `discard`, also what they hold. Unknown handles are ignored."""
+        sequence = self._sequences.pop(handle, None)
+        if sequence is None:
+            return None
+        if sequence in self._running:
+            self._running.remove(sequence)
+            if discard:
+                self.pool.discard(sequence.blocks)
+            self.pool.release(sequence.forget_cache())
+        else:
+            self._waiting.remove(sequence)
+            self._waiting_tokens -= len(sequence.tokens)
+        return sequence
+
+    def schedule(self) -> list[Chunk]:
+        """The next step's chunks, decodes first; every sequence at most once."""
+        decodes = self._schedule_decodes()
+        chunks = [Chunk(s, s.computed, 1) for s in decodes]
+        budget = self._budget - len(chunks)
+        for sequence in self._running:
+            if sequence.pending > 1 and budget > 0:
+                chunks.append(self._chunk(sequence, budget))
+                budget -= chunks[-1].length
+        while budget > 0 and self._waiting and len(self._running) < self._max_sequences:
+            sequence = self._waiting[0]
+            if not self._admit(sequence):
+                break
+            chunks.append(self._chunk(sequence, budget))
+            budget -= chunks[-1].length
+        return chunks
+
+    def computed(self, chunks: Iterable[Chunk]) -> None:
+        """Note that these chunks have keys and values now; their full blocks can be found by others from here on."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            self.stats.prefilled_tokens += chunk.length if chunk.length > 1 or chunk.start < sequence.prompt_tokens else 0
+            sequence.computed = chunk.start + chunk.length
+            if self.pool.caching:
+                self._publish_blocks(sequence)
+
+    def preempt_all(self) -> None:
+        """Send every running sequence back to waiting, to compute its tokens again."""
+        while self._running:
+            self._preempt(self._running[-1])
+
+    def check_invariants(self) -> None:
+        """Assert that lists, counters and block tables agree."""
+        assert len(self._sequences) == len(self._running) + len(self._waiting)
+        assert self._running == sorted(self._running, key=lambda s: s.order)
+        assert self._waiting == sorted(self._waiting, key=lambda s: s.order)
+        assert self._waiting_tokens == sum(len(s.tokens) for s in self._waiting)
+        assert not any(s.blocks or s.computed for s in self._waiting)
+        for sequence in self._running:
+            assert sequence.computed <= len(sequence.blocks) * self._block_size
+        self.pool.check_invariants(s.blocks for s in self._running)
+
+    def _publish_blocks(self, sequence: Sequence) -> None:
+        full = sequence.computed // self._block_size
+        if full > sequence.published_blocks:
+            digests = sequence.digests(full, self._block_size)
+            for index in range(sequence.published_blocks, full):
+                self.pool.publish(sequence.blocks[index], digests[index])
+            sequence.published_blocks = full
+
+    def _schedule_decodes(self) -> list[Sequence]:
+        decodes: list[Sequence] = []
+        for sequence in list(self._running):
+            if sequence.pending != 1 or not sequence.blocks:
+                continue
+            if self._grow(sequence):
+                decodes.append(sequence)
+        return decodes
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for the sequence's last token; False when it had to be preempted itself.
+
+        Victims come from the end of the order and sequences grow from its front, so none that is scheduled already loses its blocks.
+        """
+        while len(sequence.blocks) * self._block_size < len(sequence.tokens):
+            block = self.pool.allocate(1)
+            if block is not None:
+                sequence.blocks += block
+                continue
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Move the first waiting sequence to running if all its known tokens find room."""
+        # The last token is always computed: its logits are what the step is for.
+        reusable = (len(sequence.tokens) - 1) // self._block_size
+        shared = self.pool.find(sequence.digests(reusable, self._block_size)) if self.pool.caching else []
+        wanted = self.blocks_for(len(sequence.tokens)) - len(shared)
+        # One block of slack per running sequence: else the next sequence that grows preempts what was just admitted.
+        if wanted + len(self._running) > self.pool.available_without(shared):
+            return False
+        self.pool.share(shared)
+        sequence.blocks = shared + (self.pool.allocate(wanted) or [])
+        sequence.computed = len(shared) * self._block_size
+        sequence.published_blocks = len(shared)
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.cached_tokens = sequence.computed
+        self.stats.prefix_hit_tokens += sequence.computed
+        del self._waiting[0]
+        self._waiting_tokens -= len(sequence.tokens)
+        insort(self._running, sequence, key=lambda s: s.order)
+        return True
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        return Chunk(sequence, sequence.computed, min(sequence.pending, budget))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self.pool.release(sequence.forget_cache())
+        self.stats.preemptions += 1
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=lambda s: s.order)
+        self._waiting_tokens += len(sequence.tokens)
