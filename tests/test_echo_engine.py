@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from raycore.engine import EMPTY, Activity, EngineRequest, FinishReason, RequestRefused
 from raycore.engines import make_engine
 from raycore.engines.echo import EchoEngine, EchoOptions
@@ -132,7 +133,9 @@ def test_a_stop_at_the_last_allowed_token_counts_as_a_stop() -> None:
     assert seen.reasons == {0: FinishReason.STOP, 1: FinishReason.LENGTH}
 
 
-@pytest.mark.parametrize(("prompt", "words"), [([], "empty"), ([1] * 16, "at most 15"), ([257], "outside the vocabulary"), ([300] * 9, "outside")])
+@pytest.mark.parametrize(
+    ("prompt", "words"), [([], "empty"), ([1] * 16, "at most 15"), ([257], "outside the vocabulary"), ([300] * 9, "outside")]
+)
 def test_a_prompt_that_can_never_run_is_refused(prompt: list[int], words: str) -> None:
     engine = EchoEngine(EchoOptions(max_model_len=16))
     with pytest.raises(RequestRefused, match=words):

@@ -52,7 +52,7 @@ def _convert(name: str, options: Mapping[str, Any], kind: type[OptionsT]) -> Opt
 
 
 def _make_echo(model: str | None, options: dict[str, Any], device: str) -> Engine:
-    from raycore.engines.echo import EchoEngine, EchoOptions  # noqa: PLC0415 -- only the chosen engine is imported
+    from raycore.engines.echo import EchoEngine, EchoOptions  # only the chosen engine is imported
 
     del device
     parsed = _convert("echo", options, EchoOptions)
@@ -65,7 +65,7 @@ def _make_torch(model: str | None, options: dict[str, Any], device: str) -> Engi
     if model is None:
         msg = "engine 'torch' needs a model: a checkpoint directory or a GGUF file"
         raise ConfigurationError(msg)
-    from raycore.engines.torch import TorchEngine, TorchEngineOptions  # noqa: PLC0415 -- torch takes seconds to import
+    from raycore.engines.torch import TorchEngine, TorchEngineOptions  # torch takes seconds to import
 
     return TorchEngine.create(_convert("torch", {**options, "model": model, "device": device}, TorchEngineOptions))
 
@@ -77,10 +77,11 @@ def _foreign_engine(name: str) -> Callable[..., Engine]:
     except ImportError as error:
         msg = f"engine {name!r}: cannot import {module_name!r}: {error}"
         raise ConfigurationError(msg) from error
-    factory = getattr(module, function_name, None)
-    if not callable(factory):
+    try:
+        factory: Callable[..., Engine] = getattr(module, function_name)
+    except AttributeError as error:
         msg = f"engine {name!r}: {module_name!r} has no function {function_name!r}"
-        raise ConfigurationError(msg)
+        raise ConfigurationError(msg) from error
     return factory
 
 

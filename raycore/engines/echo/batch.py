@@ -18,11 +18,11 @@ NEVER = 1 << 62
 ARENA_TOKENS = 1 << 18
 """Where the prompts lie in the beginning; it grows when the running ones fill half of it."""
 CURSOR, START, LIMIT, ENDS_AT, TOTAL, REASON = range(6)
-"""Rows of the columns: arena index of the next token, of the prompt and of its end; the tick of the last token; all tokens then; the reason."""
+"""Rows of the columns: arena indices of the next token, the prompt and its end; the tick of the last token; all tokens then; the reason."""
 
 
 class Joiners(NamedTuple):
-    """Sequences that join, as columns; `positions`: output tokens that each has, `counts`: those at its end, `reasons`: a FinishReason byte each."""
+    """Sequences that join, as columns; `positions`: output tokens that each has, `counts`: those at its end, `reasons`: one byte each."""
 
     handles: list[int]
     prompts: list[TokenArray]
@@ -75,7 +75,7 @@ class RunningBatch:
     def advance(self) -> TokenArray:
         """The next token of each sequence, in the order of `handles`."""
         cursor = self._cursor
-        tokens = self._arena.take(cursor)
+        tokens: TokenArray = self._arena[cursor]
         cursor += 1
         np.equal(cursor, self._limit, out=self._wraps)
         np.copyto(cursor, self._start, where=self._wraps)
@@ -103,9 +103,7 @@ class RunningBatch:
             self._set(EMPTY, self._columns[:, :0])
             self._tail = 0
             return ended
-        ended = Ended(
-            self.handles[leaves], self._columns[REASON][leaves].astype(np.uint8).tobytes(), int(self.tokens_held()[leaves].sum())
-        )
+        ended = Ended(self.handles[leaves], self._columns[REASON][leaves].astype(np.uint8).tobytes(), int(self.tokens_held()[leaves].sum()))
         if gone:
             stays = ~leaves
             self._set(self.handles[stays], self._columns[:, stays])

@@ -15,9 +15,9 @@ _EOS = -1
 
 
 class Ending(NamedTuple):
-    """A request ends when it has `count` output tokens, delivered ones included."""
+    """A request ends when it has `length` output tokens, delivered ones included."""
 
-    count: int
+    length: int
     reason: FinishReason
     stop_reason: int | str | None = None
 
@@ -33,9 +33,9 @@ def find_ending(prompt: TokenArray, sampling: SamplingParams, longest: int) -> E
     first = max(sampling.min_tokens - 1, 0)
     best = Ending(limit + 1, FinishReason.LENGTH)
     for candidate in (_stop_token(prompt, first, sampling), _stop_string(prompt, first, limit, sampling.stop)):
-        if candidate is not None and candidate.count < best.count:
+        if candidate is not None and candidate.length < best.length:
             best = candidate
-    if best.count > limit:
+    if best.length > limit:
         return Ending(limit, FinishReason.LENGTH)
     return best._replace(stop_reason=None) if best.stop_reason == _EOS else best
 
@@ -67,6 +67,6 @@ def _stop_string(prompt: TokenArray, first: int, limit: int, stops: tuple[str, .
         if at < 0:
             continue
         count = begin + int(positions[at + len(needle) - 1]) + 1
-        if best is None or count < best.count:
+        if best is None or count < best.length:
             best = Ending(count, FinishReason.STOP, stop)
     return best

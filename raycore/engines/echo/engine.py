@@ -69,17 +69,17 @@ class EchoEngine:
         """Queue a request; raise RequestRefused for an empty or too long prompt and for ids outside the vocabulary."""
         prompt = request.prompt_token_ids
         length = len(prompt)
-        if not 0 < length < self._longest:
-            msg = "the prompt is empty" if not length else f"the prompt has {length} tokens; at most {self._longest - 1} leave room for one of output"
-            raise RequestRefused(msg)
+        if not length:
+            raise RequestRefused("the prompt is empty")
+        if length >= self._longest:
+            raise RequestRefused(f"the prompt has {length} tokens; at most {self._longest - 1} leave room for one of output")
         largest = max(prompt.tolist()) if length <= SHORT_PROMPT else int(prompt.max())
         if largest >= self._info.vocab_size:
-            msg = f"token id {largest} is outside the vocabulary of {self._info.vocab_size}"
-            raise RequestRefused(msg)
+            raise RequestRefused(f"token id {largest} is outside the vocabulary of {self._info.vocab_size}")
         sampling = request.sampling
         if sampling.stop or sampling.stop_token_ids or largest >= EOS_TOKEN_ID or len(request.delivered):
             ending = find_ending(prompt, sampling, self._longest)
-            if ending.count <= len(request.delivered):
+            if ending.length <= len(request.delivered):
                 self._done_on_arrival.append((request.handle, ending))
                 return
             self._endings[request.handle] = ending
@@ -238,7 +238,7 @@ class EchoEngine:
         if self._endings:
             by_length = Ending(0, FinishReason.LENGTH)
             endings = [self._endings.get(handle, by_length) for handle in handles]
-            counts = [ending.count or count for ending, count in zip(endings, counts, strict=True)]
+            counts = [ending.length or count for ending, count in zip(endings, counts, strict=True)]
             reasons = bytes(ending.reason for ending in endings)
         self._running.update(zip(handles, admitted, strict=True))
         self._kv_used += sum(map(len, prompts)) + sum(positions)
@@ -286,7 +286,8 @@ class EchoEngine:
         output.finished = np.concatenate((output.finished, np.array([handle for handle, _ in done], dtype=np.uint32)))
         output.reasons += bytes(ending.reason for _, ending in done)
         output.details = [
-            *output.details, *((h, Detail(stop_reason=ending.stop_reason)) for h, ending in done if ending.stop_reason is not None)
+            *output.details,
+            *((h, Detail(stop_reason=ending.stop_reason)) for h, ending in done if ending.stop_reason is not None),
         ]
         self._done_on_arrival = []
 

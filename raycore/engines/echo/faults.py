@@ -10,7 +10,7 @@ from typing import Any, final
 from raycore import errors
 
 
-class ScheduledFailure(RuntimeError):
+class ScheduledError(RuntimeError):
     """The step failed because a test asked for it."""
 
 
@@ -36,7 +36,7 @@ class Faults:
         }
 
     def fail_at_step(self, n: int) -> None:
-        """The n-th step from now raises ScheduledFailure; 1 is the next one."""
+        """The n-th step from now raises ScheduledError; 1 is the next one."""
         self._fails_in = n
         self.is_armed = True
 
@@ -59,7 +59,7 @@ class Faults:
             if self._fails_in <= 0:
                 self._fails_in = None
                 msg = "this step was scheduled to fail"
-                raise ScheduledFailure(msg)
+                raise ScheduledError(msg)
         self.is_armed = self._fails_in is not None
 
     @staticmethod
@@ -73,5 +73,5 @@ class Faults:
         kind: object = getattr(errors, type_name, None) or getattr(builtins, type_name, None)
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             msg = f"no exception is called {type_name!r}"
-            raise ValueError(msg)
+            raise ValueError(msg)  # noqa: TRY004 -- the value is a name
         raise kind(message)
