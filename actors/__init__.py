@@ -1,0 +1,1 @@
+"""The Ray shells: the only package that imports Ray."""

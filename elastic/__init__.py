@@ -1,0 +1,1 @@
+"""Scaling as decisions: where ranks go. Pure; no Ray, no sockets."""
