@@ -24,8 +24,9 @@ RaycoreError
 │   ├── PoolExistsError           the name is taken
 │   ├── NoEngineError             no engine can take work now
 │   └── DeadlineError             a lifecycle step took too long (TimeoutError)
-├── TransportError          bytes: a frame that does not decode, a channel that is closed
-│   └── FrameError
+├── TransportError          bytes: a frame that does not decode, a session that is lost
+│   ├── FrameError                a frame that does not decode or breaks its session's order
+│   └── SessionLostError          a call's session ended; whether the call ran is not known
 └── ClientClosedError       the client was shut down
 """
 
@@ -181,6 +182,10 @@ class TransportError(RaycoreError):
 
 class FrameError(TransportError):
     """A frame that does not decode or breaks the session's order."""
+
+
+class SessionLostError(TransportError):
+    """The session that carried a call ended before its answer; the call may or may not have run."""
 
 
 class ClientClosedError(RaycoreError):

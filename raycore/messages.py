@@ -19,7 +19,10 @@ PROTOCOL_VERSION = 1
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """Opens a session; always the first item of frame 0. `replaces` is the client's ended session with this engine, if any."""
+    """Opens a session; always the first item of frame 0.
+
+    `replaces` is the client's ended session with this engine, if any: its requests are aborted at once. `memory_probe` names a file in shared memory.
+    """
 
     version: int
     pool: str
@@ -27,6 +30,8 @@ class Attach(msgspec.Struct, frozen=True, array_like=True, tag=0):
     client: str
     lease_s: float
     replaces: SessionId | None = None
+    memory_probe: str = ""
+    pid: int = 0
 
 
 class Add(msgspec.Struct, frozen=True, array_like=True, tag=1):

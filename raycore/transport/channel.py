@@ -38,6 +38,10 @@ class ClientChannel(Protocol):
         """Disconnect and drop what is queued; no callback follows. Idempotent."""
         ...
 
+    def flush_and_close(self) -> None:
+        """Disconnect, but let what was sent go out first (a farewell). Idempotent."""
+        ...
+
 
 class EngineListener(Protocol):
     """An engine core's end: all its sessions, used by the step thread, except `wake`."""
@@ -56,6 +60,10 @@ class EngineListener(Protocol):
 
     def send(self, session: bytes, message: Sequence[Buffer]) -> SendResult:
         """Hand one message to a session's peer; never blocks."""
+        ...
+
+    def forget(self, session: bytes) -> None:
+        """Drop what is kept for a session that ended."""
         ...
 
     def close(self) -> None:

@@ -25,6 +25,11 @@ _MESSAGES_PER_WAKE_UP = 1024
 """Then the loop's other tasks get a turn."""
 
 
+def new_context() -> zmq.Context[Any]:
+    """A context for one client; its I/O thread ends with it."""
+    return zmq.Context(io_threads=1)
+
+
 def is_same_host(endpoints: Endpoints) -> bool:
     """Whether the engine's ipc socket can be used from here."""
     return endpoints.host == this_host() and Path(endpoints.requests_ipc.removeprefix("ipc://")).exists()

@@ -19,6 +19,8 @@ _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE_NOBLOCK = int(zmq.SNDMORE) | int(zmq.NOBLOCK)
 _RCVMORE = int(zmq.RCVMORE)
 _COPY_BELOW_BYTES = 1 << 16
+_FAREWELL_MS = 200
+"""How long the last frames may take to leave when an engine core closes."""
 """Below this ZeroMQ's copy is cheaper than keeping a reference until the I/O thread is done."""
 
 
@@ -82,7 +84,7 @@ class ZmqEngineSockets:
         if self._gatekeeper is not None:
             self._gatekeeper.stop()
             self._gatekeeper = None
-        self.context.destroy(linger=0)
+        self.context.term()
         if self._directory is not None:
             remove_socket_directory(self._directory)
 
@@ -174,7 +176,7 @@ class ZmqEngineListener:
             return
         self._is_closed = True
         for router in self._routers:
-            router.close(linger=0)
+            router.close(linger=_FAREWELL_MS)
         self._waker.close()
         self._wakeable.close()
 

@@ -1,0 +1,263 @@
+"""The blocking façade: the async client on an event loop that somebody turns, and nothing of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from raycore.client.admission import Prompt
+from raycore.client.client import EngineCoreClient
+from raycore.client.journal import RequestOutput
+from raycore.client.operations import BlockingOperations
+from raycore.client.stream import RequestStream
+from raycore.engine import EngineInfo, EngineLoad
+from raycore.errors import ClientClosedError
+from raycore.ids import RequestId
+from raycore.membership import Membership
+from raycore.sampling import SamplingParams
+
+T = TypeVar("T")
+
+
+class LoopTurner(Protocol):
+    """Turns an event loop while a blocking call waits."""
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine on the loop. An interrupt cancels it and is raised."""
+        ...
+
+    def close(self) -> None:
+        """The loop ends. Idempotent."""
+        ...
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop where it is installed: a wake-up costs half as much there."""
+    try:
+        import uvloop  # noqa: PLC0415 -- optional, and not on Windows
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+class ThreadTurner:
+    """The loop runs in a daemon thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = new_event_loop()
+        self._thread = threading.Thread(target=self._turn, name="raycore-client", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Hand the coroutine to the loop and wait for it."""
+        if not self._thread.is_alive():
+            work.close()
+            msg = "the client is closed"
+            raise ClientClosedError(msg)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Stop the loop and join its thread."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def _turn(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+
+class BlockingStream:
+    """One request's stream as a plain iterator; leaving it early aborts the request."""
+
+    def __init__(self, stream: RequestStream, turner: LoopTurner) -> None:
+        self._stream = stream
+        self._turner = turner
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self._stream.request_id
+
+    @property
+    def rank(self) -> int:
+        """The rank that serves it."""
+        return self._stream.rank
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        return self
+
+    def __next__(self) -> RequestOutput:
+        """The next new tokens."""
+        try:
+            return self._turner.run(_next(self._stream))
+        except _StreamEndError:
+            raise StopIteration from None
+
+    def collect(self) -> RequestOutput:
+        """All tokens and text from here to the end."""
+        return self._turner.run(self._stream.collect())
+
+    def close(self) -> None:
+        """Stop reading; aborts the request if it runs."""
+        self._turner.run(self._stream.aclose())
+
+    def __enter__(self) -> BlockingStream:
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.close()
+
+
+class _StreamEndError(Exception):
+    """StopAsyncIteration cannot leave a coroutine."""
+
+
+async def _next(stream: RequestStream) -> RequestOutput:
+    try:
+        return await stream.__anext__()
+    except StopAsyncIteration:
+        raise _StreamEndError from None
+
+
+class BlockingClient:
+    """The client for code without an event loop; same names, same errors, thread-safe where the loop has a thread."""
+
+    def __init__(
+        self,
+        make: Callable[[], Awaitable[EngineCoreClient]],
+        *,
+        turner: LoopTurner | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        self._turner: LoopTurner = turner or ThreadTurner()
+        self._on_close = on_close
+        try:
+            self._client = self._turner.run(_made(make))
+        except BaseException:
+            self._turner.close()
+            raise
+        self.operations = BlockingOperations(self)
+        # nothing here may refer to self, or the collector would never find it
+        self._finalizer = weakref.finalize(self, _close, self._client, self._turner, on_close)
+
+    def __enter__(self) -> BlockingClient:
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the pool; idempotent."""
+        self._finalizer()
+
+    def shutdown(self, timeout_s: float | None = None) -> None:
+        """End the pool: drain for `timeout_s` seconds, then take it down."""
+        self._run(lambda client: client.shutdown(timeout_s))
+        self.close()
+
+    @property
+    def pool(self) -> str:
+        """The pool's name."""
+        return self._client.pool
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engines say of themselves."""
+        return self._client.info
+
+    @property
+    def membership(self) -> Membership:
+        """The newest membership that the client knows."""
+        return self._client.membership
+
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that serve, in order."""
+        return self._client.ranks()
+
+    def loads(self) -> dict[int, EngineLoad]:
+        """Each rank's last reported load."""
+        return self._client.loads()
+
+    def in_flight(self) -> int:
+        """Requests of this client that have not ended."""
+        return self._client.in_flight()
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation under the model's chat template."""
+        return self._client.chat_prompt(messages)
+
+    def generate(self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any) -> BlockingStream:
+        """Send a request now and iterate over its outputs; options as in the async client."""
+
+        async def begin() -> RequestStream:
+            return self._client.generate(prompt, sampling, **options)
+
+        return BlockingStream(self._turner.run(begin()), self._turner)
+
+    def add_request(self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any) -> RequestId:
+        """Send a request whose outputs come through `outputs()`."""
+        return self._run(lambda client: client.add_request(prompt, sampling, **options))
+
+    def add_requests(self, requests: Iterable[tuple[Prompt, SamplingParams | None]]) -> list[RequestId]:
+        """Send many in one turn of the loop: far cheaper than one at a time."""
+
+        async def add_all() -> list[RequestId]:
+            return [await self._client.add_request(prompt, sampling) for prompt, sampling in requests]
+
+        return self._turner.run(add_all())
+
+    def outputs(self) -> list[RequestOutput]:
+        """Everything new of all requests made with `add_request`; waits for at least one output."""
+        return self._run(lambda client: client.outputs())
+
+    def abort_requests(self, request_ids: Iterable[str]) -> None:
+        """End requests early."""
+        self._run(lambda client: client.abort_requests(request_ids))
+
+    def call(self, method: str, *, rank: int, timeout_s: float | None = None, **arguments: Any) -> Any:
+        """Call an operation on one rank."""
+        return self._run(lambda client: client.call(method, rank=rank, timeout_s=timeout_s, **arguments))
+
+    def call_all(self, method: str, *, timeout_s: float | None = None, **arguments: Any) -> dict[int, Any]:
+        """Call an operation on every rank; results and errors by rank."""
+        return self._run(lambda client: client.call_all(method, timeout_s=timeout_s, **arguments))
+
+    def call_agree(self, method: str, *, timeout_s: float | None = None, **arguments: Any) -> Any:
+        """Call an operation on every rank; their one result, or DisagreementError."""
+        return self._run(lambda client: client.call_agree(method, timeout_s=timeout_s, **arguments))
+
+    def call_operation(self, method: str, rank: int | None, timeout_s: float | None, arguments: dict[str, Any]) -> Any:
+        """Call with the operation's own fan-out."""
+        return self._run(lambda client: client.call_operation(method, rank, timeout_s, arguments))
+
+    def _run(self, work: Callable[[EngineCoreClient], Coroutine[Any, Any, T]]) -> T:
+        return self._turner.run(work(self._client))
+
+
+async def _made(make: Callable[[], Awaitable[EngineCoreClient]]) -> EngineCoreClient:
+    return await make()
+
+
+def _close(client: EngineCoreClient, turner: LoopTurner, on_close: Callable[[], None] | None) -> None:
+    """Close the client on its loop, then the loop, then what lies below."""
+    try:
+        turner.run(client.aclose())
+    except ClientClosedError:
+        pass
+    finally:
+        turner.close()
+        if on_close is not None:
+            on_close()

@@ -1,0 +1,146 @@
+"""In-process use, for debugging and for one engine without Ray: the engine core is stepped by the thread that waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from raycore.client.blocking import BlockingClient
+from raycore.client.client import EngineCoreClient
+from raycore.client.control import PoolAccess
+from raycore.client.links import MemoryLinks
+from raycore.config import PoolConfig, parse_config
+from raycore.core.engine_core import EngineCore
+from raycore.engine import Engine
+from raycore.engines import make_engine
+from raycore.errors import ConfigurationError
+from raycore.ids import EngineId, Epoch, Incarnation, Rank, Term
+from raycore.membership import Endpoints, Member, Membership
+from raycore.tokenizer import Tokenizer, load_tokenizer
+from raycore.transport.memory import MemoryListener
+
+T = TypeVar("T")
+
+_ENGINE = EngineId(Rank(0), Incarnation("in-process"))
+
+
+class CallerTurner:
+    """A private event loop in the caller's thread; while a call waits, the engine core turns between the loop's other callbacks."""
+
+    def __init__(self, core: EngineCore, listener: MemoryListener) -> None:
+        self._core = core
+        self._loop = asyncio.new_event_loop()
+        self._has_work = asyncio.Event()
+        listener.on_wake = self._has_work.set
+        self._pump: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Turn loop and engine until the coroutine is done."""
+        if self._is_closed:
+            work.close()
+            msg = "the client is closed"
+            raise ConfigurationError(msg)
+        task = self._loop.create_task(work)
+        if self._pump is None:
+            self._pump = self._loop.create_task(self._turn_engine(), name="raycore-in-process-engine")
+        try:
+            self._loop.run_until_complete(asyncio.wait({task, self._pump}, return_when=asyncio.FIRST_COMPLETED))
+        except BaseException:
+            task.cancel()
+            self._loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+            raise
+        if not task.done():  # the engine failed: its last frame is on its way to the client, which fails what waits
+            self._pump = None
+            self._loop.run_until_complete(asyncio.wait({task}))
+        return task.result()
+
+    def close(self) -> None:
+        """End the loop."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._pump is not None:
+            self._pump.cancel()
+            self._loop.run_until_complete(asyncio.gather(self._pump, return_exceptions=True))
+        self._loop.close()
+
+    async def _turn_engine(self) -> None:
+        while True:
+            self._has_work.clear()
+            try:
+                has_more = self._core.turn(may_wait=False)
+            except Exception as error:
+                self._core.fail(error)
+                raise
+            if has_more:
+                await asyncio.sleep(0)
+            else:
+                await self._has_work.wait()
+
+
+class NoControlPlane:
+    """There is no control plane in one process."""
+
+    def watch(self, engine: EngineId, on_death: Callable[[EngineId, str], None]) -> None:
+        """The engine cannot die alone."""
+
+    def forget(self, engine: EngineId) -> None:
+        """Nothing is watched."""
+
+    async def report_suspect(self, engine: EngineId, cause: str) -> None:
+        """Nobody to tell."""
+
+    async def refresh(self) -> Membership | None:
+        """It never changes."""
+        return None
+
+    async def shutdown_pool(self, drain_s: float) -> None:
+        """The pool ends with its client."""
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+def in_process_client(*, engine_instance: Engine | None = None, tokenizer: Tokenizer | None = None, **values: Any) -> BlockingClient:
+    """A blocking client and its engine in this thread. `values` are `PoolConfig` fields; an `engine_instance` may be handed in instead of a name."""
+    config = parse_config({"pool": "in-process", **values})
+    if config.data_parallel_size != 1:
+        msg = f"in process there is one engine, not data_parallel_size={config.data_parallel_size}"
+        raise ConfigurationError(msg)
+    engine = engine_instance
+    if engine is None:
+        engine = make_engine(config.engine, config.model, config.engine_options, config.device)
+        tokenizer = tokenizer or load_tokenizer(config.model)
+    return _client_of(config, engine, tokenizer)
+
+
+def _client_of(config: PoolConfig, engine: Engine, tokenizer: Tokenizer | None) -> BlockingClient:
+    listener = MemoryListener()
+    member = Member(_ENGINE, Endpoints("in-process", "", ""), engine.info, 0)
+    membership = Membership(config.pool, Epoch(1), Term(1), (member,))
+    core = EngineCore(
+        _ENGINE,
+        engine,
+        listener,
+        membership,
+        limits=config.limits,
+        timeouts=config.timeouts,
+        step_budget_s=config.health.step_budget_s,
+    )
+
+    async def make() -> EngineCoreClient:
+        client = EngineCoreClient(
+            PoolAccess(membership=membership),
+            NoControlPlane(),
+            MemoryLinks(listener),
+            timeouts=config.timeouts,
+            limits=config.limits,
+            tokenizer=tokenizer,
+            in_process=True,
+        )
+        await client.start()
+        return client
+
+    return BlockingClient(make, turner=CallerTurner(core, listener), on_close=engine.close)

@@ -1,0 +1,90 @@
+"""One method per row of the operation table, made from the table: `client.operations.pause_scheduler(mode="wait")`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from raycore.errors import InvalidArgumentsError, UnknownOperationError
+from raycore.operations import OPERATIONS, TABLE, Arguments, Operation
+
+
+class Caller(Protocol):
+    """Whoever carries out a call: the async client, or its blocking façade."""
+
+    def call_operation(self, method: str, rank: int | None, timeout_s: float | None, arguments: dict[str, Any]) -> Any:
+        """Call with the operation's own fan-out, or on one rank."""
+        ...
+
+
+def arguments_of(method: str, values: dict[str, Any]) -> tuple[Operation, Arguments]:
+    """The operation and its checked arguments. UnknownOperationError or InvalidArgumentsError before anything is sent."""
+    operation = OPERATIONS.get(method)
+    if operation is None:
+        msg = f"{method!r} is not a declared operation; there are: {', '.join(OPERATIONS)}"
+        raise UnknownOperationError(msg, method=method)
+    unknown = set(values) - {field.name for field in msgspec.structs.fields(operation.arguments)}
+    if unknown:
+        msg = f"{method} has no argument {', '.join(sorted(unknown))}"
+        raise InvalidArgumentsError(msg, method=method)
+    missing = [f.name for f in msgspec.structs.fields(operation.arguments) if f.required and f.name not in values]
+    if missing:
+        msg = f"{method} needs {', '.join(missing)}"
+        raise InvalidArgumentsError(msg, method=method)
+    arguments = operation.arguments(**values)
+    try:
+        _check_types(arguments)
+    except msgspec.ValidationError as error:
+        msg = f"{method}: {error}"
+        raise InvalidArgumentsError(msg, method=method) from error
+    return operation, arguments
+
+
+def _check_types(arguments: Arguments) -> None:
+    for field in msgspec.structs.fields(arguments):
+        msgspec.convert(getattr(arguments, field.name), field.type, builtin_types=(bytes, bytearray, memoryview))
+
+
+class AsyncOperations:
+    """The table's operations as coroutine methods; every one also takes `rank` (one rank instead of the declared fan-out) and `timeout_s`."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+
+class BlockingOperations(AsyncOperations):
+    """The same names, blocking: the façade's `call_operation` waits."""
+
+
+def _method(operation: Operation) -> Callable[..., Any]:
+    def call(self: AsyncOperations, *, rank: int | None = None, timeout_s: float | None = None, **arguments: Any) -> Any:
+        return self._caller.call_operation(operation.name, rank, timeout_s, arguments)  # noqa: SLF001 -- becomes a method of this class
+
+    fields = msgspec.structs.fields(operation.arguments)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        *(
+            inspect.Parameter(
+                field.name,
+                keyword,
+                default=inspect.Parameter.empty if field.required else field.default if field.default is not msgspec.NODEFAULT else None,
+                annotation=field.type,
+            )
+            for field in fields
+        ),
+        inspect.Parameter("rank", keyword, default=None, annotation=int | None),
+        inspect.Parameter("timeout_s", keyword, default=None, annotation=float | None),
+    ]
+    call.__name__ = operation.name
+    call.__qualname__ = f"Operations.{operation.name}"
+    call.__doc__ = f"{operation.summary} Fan-out: {operation.fan_out.value}. {operation.arguments.__doc__}"
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+for _operation in TABLE:
+    setattr(AsyncOperations, _operation.name, _method(_operation))

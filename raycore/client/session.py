@@ -1,0 +1,395 @@
+"""One session with one engine incarnation: numbers, slots, what waits to be sent, and the taking in of the engine's frames."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import msgspec
+
+from raycore.client.journal import RequestRecord
+from raycore.codec import FrameDecoder, FrameEncoder
+from raycore.config import Limits
+from raycore.engine import FinishReason
+from raycore.errors import ErrorRecord, FrameError
+from raycore.ids import CallId, EngineId, SessionId, Slot
+from raycore.membership import Member, Membership
+from raycore.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Add,
+    Attach,
+    Attached,
+    AttachRefused,
+    BadFrame,
+    Call,
+    CallResult,
+    CancelCall,
+    ClientFrame,
+    Detach,
+    EngineFailed,
+    EngineFrame,
+    MembershipChanged,
+    NotMember,
+    Refused,
+    Renew,
+    SessionExpired,
+    StepColumns,
+    ToEngine,
+)
+from raycore.routing import EngineLedger
+from raycore.tensors import SharedMemoryFiles
+from raycore.transport.channel import ClientChannel, Message
+
+_FIRST_SLOTS = 512
+
+
+class SessionOwner(Protocol):
+    """Who decides what follows from a session's news."""
+
+    def on_attached(self, session: EngineSession) -> None:
+        """The session is open."""
+        ...
+
+    def on_attach_refused(self, session: EngineSession, reason: str) -> None:
+        """The session cannot be opened."""
+        ...
+
+    def on_lost(self, session: EngineSession, reason: str) -> None:
+        """The session is over, its engine is not."""
+        ...
+
+    def on_engine_failed(self, session: EngineSession, error: ErrorRecord) -> None:
+        """The engine's step loop is over."""
+        ...
+
+    def on_finished(self, record: RequestRecord) -> None:
+        """A request got its terminal record."""
+        ...
+
+    def on_refused(self, record: RequestRecord, error: ErrorRecord) -> None:
+        """The engine refused a request."""
+        ...
+
+    def on_not_member(self, session: EngineSession, records: list[RequestRecord]) -> None:
+        """These requests must go elsewhere."""
+        ...
+
+    def on_call_result(self, session: EngineSession, result: CallResult) -> None:
+        """A call was answered."""
+        ...
+
+    def on_membership(self, membership: Membership) -> None:
+        """An engine told of a newer membership."""
+        ...
+
+
+class EngineSession:
+    """Created for one member; `open` attaches; ends by `close`, loss or the engine's death, and is never reused."""
+
+    def __init__(
+        self,
+        member: Member,
+        make_channel: Callable[[Member, SessionId], ClientChannel],
+        owner: SessionOwner,
+        *,
+        pool: str,
+        client: str,
+        pid: int,
+        limits: Limits,
+        files: SharedMemoryFiles | None,
+        replaces: SessionId | None = None,
+    ) -> None:
+        session_id = b"\x01" + secrets.token_bytes(15)  # ZeroMQ keeps ids that begin with a zero byte for itself
+        self.id = SessionId(session_id)
+        self.member = member
+        self.engine: EngineId = member.engine
+        self.ledger = EngineLedger(member.engine)
+        self.is_attached = False
+        self.is_closed = False
+        self.records: list[RequestRecord | None] = []
+        self.sent_at_s = 0.0
+        self.decoder = FrameDecoder(EngineFrame, pool)
+        self._channel = make_channel(member, self.id)
+        self._owner = owner
+        self._pool = pool
+        self._client = client
+        self._pid = pid
+        self._limits = limits
+        self._files = files
+        self._replaces = replaces
+        self._encoder = FrameEncoder(inline_bytes=limits.inline_tensor_bytes, shared_memory_bytes=limits.shared_memory_bytes)
+        self._sinks: list[Callable[[int], None]] = []
+        self._free: list[int] = []
+        self._outbox: list[ToEngine] = []
+        self._with_tensors: list[RequestRecord] = []
+        self._is_flush_due = False
+        self._next_out = 0
+        self._next_in = 0
+        self._slots: list[int] = []
+        self._loop = asyncio.get_running_loop()
+
+    # -- to the engine ------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Connect and attach."""
+        self._channel.open(self._on_messages)
+        probe = ""
+        if self._files is not None:
+            probe = self._files.write(memoryview(b"\0"))
+            self._files.take_names()
+        self._probe = probe
+        attach = Attach(
+            PROTOCOL_VERSION, self._pool, self.engine.incarnation, self._client, self._limits.lease_s, self._replaces, probe, self._pid
+        )
+        self._post(attach)
+
+    def submit(self, record: RequestRecord) -> None:
+        """Send a request to this engine, with the tokens that its caller has already."""
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self.records[slot] = record
+        self._sinks[slot] = record.tokens.append
+        record.session, record.slot = self, slot
+        record.served_rank = self.engine.rank
+        delivered = array("I", record.tokens).tobytes() if record.tokens else b""
+        record.cost = record.prompt_tokens + record.sampling.max_tokens
+        self.ledger.dispatch(record.cost - len(record.tokens))
+        tensors = record.tensors
+        if tensors:
+            self._with_tensors.append(record)
+        self._post(Add(slot, record.request_id, record.prompt, record.sampling, delivered, record.priority, tensors))  # type: ignore[arg-type]
+
+    def abort(self, records: Iterable[RequestRecord]) -> None:
+        """Ask the engine to end these; their terminal records follow."""
+        self._post(Abort(array("I", [record.slot for record in records]).tobytes()))
+
+    def call(self, call_id: CallId, method: str, arguments: msgspec.Struct) -> None:
+        """Send a utility call. TypeError for arguments that cannot be sent."""
+        self._post(Call(call_id, method, self._encoder.encode_part(arguments)))
+
+    def cancel_call(self, call_id: CallId) -> None:
+        """Tell the engine that nobody waits for this call any more."""
+        if not self.is_closed:
+            self._post(CancelCall(call_id))
+
+    def renew(self, now_s: float) -> None:
+        """Keep the lease if nothing has been sent for a third of it."""
+        if now_s - self.sent_at_s > self._limits.lease_s / 3:
+            self._post(Renew())
+
+    def close(self, *, farewell: bool = False) -> None:
+        """Leave; no callback follows. With `farewell` the engine is told, otherwise it is gone or must not matter."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self.is_attached = False
+        self.ledger.is_usable = False
+        if farewell:
+            self._outbox.append(Detach())
+            self._send_outbox()
+            self._channel.flush_and_close()
+        else:
+            self._channel.close()
+        if self._files is not None and self._probe:
+            self._files.discard(self._probe)
+
+    def release_records(self) -> list[RequestRecord]:
+        """Every request that has no terminal record yet; the session keeps none of them."""
+        left = [record for record in self.records if record is not None]
+        self.records = []
+        self._sinks = []
+        self._free = []
+        for record in left:
+            record.session = None
+            self._discard_files(record)
+        return left
+
+    def _post(self, item: ToEngine) -> None:
+        self._outbox.append(item)
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_flush_due = False
+        if not self.is_closed and self._outbox:
+            self._send_outbox()
+
+    def _send_outbox(self) -> None:
+        items, self._outbox = self._outbox, []
+        frame = ClientFrame(self._next_out, items)
+        self._next_out += 1
+        message = self._encoder.encode(frame)
+        if self._with_tensors:
+            self._note_files()
+        self.sent_at_s = self._loop.time()
+        self._channel.send(message)
+
+    def _note_files(self) -> None:
+        records, self._with_tensors = self._with_tensors, []
+        names = tuple(self._files.take_names()) if self._files is not None else ()
+        for record in records:
+            record.files = names
+
+    def _discard_files(self, record: RequestRecord) -> None:
+        if record.files and self._files is not None:
+            for name in record.files:
+                self._files.discard(name)
+            record.files = ()
+
+    def _grow(self) -> None:
+        size = len(self.records)
+        more = min(max(size, _FIRST_SLOTS), self._limits.session_requests - size)
+        self.records.extend([None] * more)
+        self._sinks.extend([_no_sink] * more)
+        self._free.extend(range(size + more - 1, size - 1, -1))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot is in use."""
+        return not self._free and len(self.records) >= self._limits.session_requests
+
+    # -- from the engine ----------------------------------------------------------------------------------------------
+
+    def _on_messages(self, messages: list[Message]) -> None:
+        """Take in everything that is ready, then wake each request once."""
+        news: set[int] = set()
+        for message in messages:
+            if self.is_closed:
+                return
+            try:
+                frame = self.decoder.decode(message)
+            except FrameError as error:
+                self._owner.on_lost(self, str(error))
+                return
+            if frame.seq != self._next_in and frame.seq != -1:
+                self._owner.on_lost(self, f"frame {frame.seq} came where {self._next_in} was due")
+                return
+            self._next_in = frame.seq + 1 if frame.seq >= 0 else self._next_in
+            self._take_frame(frame, news)
+        records = self.records
+        for slot in news:
+            record = records[slot] if slot < len(records) else None
+            if record is not None:
+                record.wake()
+
+    def _take_frame(self, frame: EngineFrame, news: set[int]) -> None:
+        ledger = self.ledger
+        ledger.load, ledger.load_own = frame.load, frame.own_requests
+        for item in frame.items:
+            if isinstance(item, StepColumns):
+                self._take_columns(item, news)
+            else:
+                self._take_rare(item)
+
+    def _take_columns(self, columns: StepColumns, news: set[int]) -> None:
+        if columns.offsets or columns.details:
+            self._take_details(columns)
+        if columns.tokens:
+            if columns.slots:
+                self._slots = memoryview(columns.slots).cast("I").tolist()
+            slots = self._slots
+            tokens = memoryview(columns.tokens).cast("I").tolist()
+            sinks = self._sinks
+            if columns.counts:
+                self._take_ragged(slots, memoryview(columns.counts).cast("I").tolist(), tokens)
+            else:
+                for slot, token in zip(slots, tokens, strict=True):
+                    sinks[slot](token)
+            self.ledger.tokens -= len(tokens)
+            news.update(slots)
+        if columns.finished:
+            self._take_finished(columns, news)
+
+    def _take_ragged(self, slots: list[int], counts: list[int], tokens: list[int]) -> None:
+        at = 0
+        for slot, count in zip(slots, counts, strict=True):
+            record = self.records[slot]
+            if record is not None:
+                record.tokens.extend(tokens[at : at + count])
+            at += count
+
+    def _take_finished(self, columns: StepColumns, news: set[int]) -> None:
+        records, sinks, free, ledger = self.records, self._sinks, self._free, self.ledger
+        for slot, reason in zip(memoryview(columns.finished).cast("I").tolist(), columns.reasons, strict=True):
+            record = records[slot]
+            if record is None:
+                continue
+            records[slot] = None
+            sinks[slot] = _no_sink
+            free.append(slot)
+            ledger.end(record.cost - len(record.tokens))
+            record.session = None
+            record.stamp_ns = columns.stamp_ns
+            if record.files:
+                self._discard_files(record)
+            record.finish_reason = FinishReason(reason)
+            self._owner.on_finished(record)
+            record.wake()
+            news.discard(slot)
+
+    def _take_details(self, columns: StepColumns) -> None:
+        for slot, detail in columns.details:
+            record = self.records[slot] if slot < len(self.records) else None
+            if record is not None:
+                record.detail = detail
+        for slot, offset in columns.offsets:
+            record = self.records[slot] if slot < len(self.records) else None
+            if record is not None and offset != len(record.tokens):
+                self._owner.on_lost(self, f"output of {record.request_id} begins at {offset}, {len(record.tokens)} was due")
+
+    def _take_rare(self, item: Any) -> None:
+        match item:
+            case CallResult():
+                self._owner.on_call_result(self, item)
+            case Attached():
+                self._take_attached(item)
+            case Refused():
+                record = self._free_slot(item.slot)
+                if record is not None:
+                    self._owner.on_refused(record, item.error)
+            case NotMember():
+                freed = [self._free_slot(Slot(slot)) for slot in memoryview(item.slots).cast("I").tolist()]
+                self._owner.on_membership(item.membership)
+                self._owner.on_not_member(self, [record for record in freed if record is not None])
+            case MembershipChanged():
+                self._owner.on_membership(item.membership)
+            case SessionExpired():
+                self._owner.on_lost(self, item.reason)
+            case EngineFailed():
+                self._owner.on_engine_failed(self, item.error)
+            case AttachRefused():
+                self._owner.on_attach_refused(self, item.reason)
+            case BadFrame():
+                self._owner.on_lost(self, item.error.message)
+            case _:
+                raise AssertionError(item)
+
+    def _take_attached(self, attached: Attached) -> None:
+        if self._files is not None and attached.can_share_memory:
+            self._encoder.share_memory(self._files)
+        self.is_attached = True
+        self.ledger.is_usable = True
+        self._owner.on_attached(self)
+        self._owner.on_membership(attached.membership)
+
+    def _free_slot(self, slot: Slot) -> RequestRecord | None:
+        """Take a request off its slot; the engine has nothing of it any more."""
+        record = self.records[slot] if 0 <= slot < len(self.records) else None
+        if record is not None:
+            self.records[slot] = None
+            self._sinks[slot] = _no_sink
+            self._free.append(slot)
+            self.ledger.end(record.cost - len(record.tokens))
+            record.session = None
+            self._discard_files(record)
+        return record
+
+
+def _no_sink(_token: int) -> None:
+    """A token for a slot that is not in use: stale, dropped."""

@@ -1,0 +1,98 @@
+"""One request's stream: an async iterator that aborts its request when it is left early."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+
+from raycore.client.journal import RequestOutput, RequestRecord
+from raycore.errors import RaycoreError
+
+
+class RequestStream:
+    """Yields a `RequestOutput` for each batch of new tokens; the last one has a `finish_reason`.
+
+    Leaving the loop early, closing it or dropping it aborts the request. Tokens that arrive while the consumer is busy come merged.
+    """
+
+    __slots__ = ("_abort", "_is_over", "_loop", "_record")
+
+    def __init__(self, record: RequestRecord, abort: Callable[[RequestRecord], None], loop: asyncio.AbstractEventLoop) -> None:
+        self._record = record
+        self._abort = abort
+        self._loop = loop
+        self._is_over = False
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self._record.request_id
+
+    @property
+    def rank(self) -> int:
+        """The rank that serves it now, or did last."""
+        return self._record.served_rank
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        """The next new tokens. Raises the request's typed error when it failed."""
+        if self._is_over:
+            raise StopAsyncIteration
+        record = self._record
+        while record.cursor >= len(record.tokens) and record.finish_reason is None and record.error is None:
+            record.waiter = self._loop.create_future()
+            await record.waiter
+        if record.error is not None and record.cursor >= len(record.tokens):
+            self._is_over = True
+            raise record.error
+        if record.finish_reason is not None:
+            self._is_over = True
+        return record.take()
+
+    async def collect(self) -> RequestOutput:
+        """Everything at once: all tokens and text from here to the end."""
+        tokens: list[int] = []
+        text: list[str] = []
+        last: RequestOutput | None = None
+        async for output in self:
+            tokens.extend(output.token_ids)
+            text.append(output.text)
+            last = output
+        if last is None:
+            msg = "the stream was read already"
+            raise RaycoreError(msg)
+        return RequestOutput(
+            last.request_id,
+            tokens,
+            "".join(text),
+            last.finish_reason,
+            last.stop_reason,
+            last.rank,
+            last.prompt_tokens,
+            last.replayed,
+        )
+
+    async def aclose(self) -> None:
+        """Stop reading; aborts the request if it runs."""
+        self._leave()
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self._leave()
+
+    def __del__(self) -> None:
+        if self._is_over or self._record.is_finished or self._loop.is_closed():
+            return
+        # the collector may run in any thread; the abort belongs to the loop's
+        self._loop.call_soon_threadsafe(self._abort, self._record)
+
+    def _leave(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            if not self._record.is_finished:
+                self._abort(self._record)

@@ -1,0 +1,44 @@
+"""Text for people: detokenised in the client as tokens arrive, cut before a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from raycore.tokenizer import IncrementalDetokenizer, Tokenizer
+
+
+class TextBuilder:
+    """One request's text; holds back what may become a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stop_token_ids: Sequence[int]) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._stop = tuple(stop)
+        self._silent = frozenset(stop_token_ids) | frozenset(tokenizer.eos_token_ids)
+        self._held = ""
+        self._is_over = False
+
+    def push(self, token_ids: Sequence[int], *, is_last: bool) -> str:
+        """The text that became certain with these tokens."""
+        if self._is_over:
+            return ""
+        spoken = [token for token in token_ids if token not in self._silent]
+        text = self._held + self._detokenizer.push(spoken)
+        if is_last:
+            text += self._detokenizer.flush()
+        cut = min((at for at in (text.find(stop) for stop in self._stop) if at >= 0), default=-1)
+        if cut >= 0:
+            self._is_over = True
+            self._held = ""
+            return text[:cut]
+        keep = 0 if is_last else self._longest_beginning(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _longest_beginning(self, text: str) -> int:
+        """Length of the longest end of `text` that is a beginning of a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for size in range(min(longest, len(text)), 0, -1):
+            end = text[-size:]
+            if any(stop.startswith(end) for stop in self._stop):
+                return size
+        return 0

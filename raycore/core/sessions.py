@@ -1,0 +1,173 @@
+"""The engine core's sessions: order, leases, what is queued for each client, and which of its slots are in use."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from raycore.codec import FrameEncoder
+from raycore.config import Limits
+from raycore.engine import EngineLoad, TokenArray
+from raycore.ids import SessionId
+from raycore.messages import Attach, EngineFrame, SessionExpired, ToClient
+from raycore.tensors import SharedMemoryFiles
+from raycore.transport.channel import Buffer, EngineListener, SendResult
+
+
+class Session:
+    """One client's conversation with this engine core."""
+
+    __slots__ = (
+        "ack",
+        "backlog",
+        "backlog_bytes",
+        "client",
+        "encoder",
+        "gone_since_s",
+        "handle_of",
+        "id",
+        "last_heard_s",
+        "lease_s",
+        "next_in",
+        "next_out",
+        "outbox",
+        "pid",
+        "previous_slots",
+    )
+
+    def __init__(self, session_id: SessionId, attach: Attach, limits: Limits, now_s: float) -> None:
+        self.id = session_id
+        self.client = attach.client
+        self.pid = attach.pid
+        self.lease_s = attach.lease_s
+        self.last_heard_s = now_s
+        self.gone_since_s: float | None = None
+        self.next_in = 0
+        self.next_out = 0
+        self.ack = -1
+        self.handle_of: dict[int, int] = {}
+        self.outbox: list[ToClient] = []
+        self.backlog: deque[Sequence[Buffer]] = deque()
+        self.backlog_bytes = 0
+        self.previous_slots: TokenArray | None = None
+        """The slot column of the last StepColumns, so that an equal one is left out."""
+        self.encoder = FrameEncoder(inline_bytes=limits.inline_tensor_bytes, shared_memory_bytes=limits.shared_memory_bytes)
+
+
+class SessionTable:
+    """All sessions of one engine core, and the sending of their frames."""
+
+    def __init__(self, listener: EngineListener, limits: Limits, pool: str, on_end: Callable[[Session, str], None]) -> None:
+        self._listener = listener
+        self._limits = limits
+        self._on_end = on_end
+        self._files = SharedMemoryFiles(pool)
+        self._sessions: dict[bytes, Session] = {}
+        self._dirty: list[Session] = []
+        self._farewell = FrameEncoder()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def all(self) -> list[Session]:
+        """A snapshot of the sessions."""
+        return list(self._sessions.values())
+
+    def get(self, session_id: bytes) -> Session | None:
+        """The session of this id."""
+        return self._sessions.get(session_id)
+
+    def open(self, session_id: SessionId, attach: Attach, now_s: float, *, shares_memory: bool) -> Session:
+        """A client attached."""
+        session = Session(session_id, attach, self._limits, now_s)
+        if shares_memory:
+            session.encoder.share_memory(self._files)
+        self._sessions[session_id] = session
+        return session
+
+    def end(self, session: Session, reason: str) -> None:
+        """Forget a session; its requests are the caller's `on_end` to abort. Later frames of it are answered with SessionExpired."""
+        if self._sessions.pop(session.id, None) is None:
+            return
+        session.backlog.clear()
+        session.outbox.clear()
+        self._on_end(session, reason)
+        self._listener.forget(session.id)
+
+    def post(self, session: Session, item: ToClient) -> None:
+        """Queue an item for the session's next frame."""
+        if not session.outbox:
+            self._dirty.append(session)
+        session.outbox.append(item)
+
+    def flush(self, load: EngineLoad) -> None:
+        """Send one frame to every session that has items."""
+        if not self._dirty:
+            return
+        dirty, self._dirty = self._dirty, []
+        for session in dirty:
+            items = session.outbox
+            if not items:
+                continue
+            session.outbox = []
+            frame = EngineFrame(session.next_out, session.ack, load, len(session.handle_of), items)
+            session.next_out += 1
+            self._send(session, session.encoder.encode(frame))
+
+    def tell_expired(self, session_id: bytes, reason: str) -> None:
+        """Answer a frame of a session that is not known (any more)."""
+        frame = EngineFrame(-1, -1, EngineLoad(), 0, [SessionExpired(reason)])
+        self._listener.send(session_id, self._farewell.encode(frame))
+        if session_id not in self._sessions:
+            self._listener.forget(session_id)
+
+    def tell_stranger(self, session_id: bytes, item: ToClient) -> None:
+        """Answer a peer that has no session."""
+        self._listener.send(session_id, self._farewell.encode(EngineFrame(-1, -1, EngineLoad(), 0, [item])))
+
+    def retry_backlogs(self, now_s: float) -> None:
+        """Send what slow clients left, and notice peers that came back."""
+        for session in self.all():
+            while session.backlog:
+                result = self._listener.send(session.id, session.backlog[0])
+                if result is not SendResult.SENT:
+                    self._note(session, result, now_s)
+                    break
+                session.gone_since_s = None
+                session.backlog_bytes -= _size(session.backlog.popleft())
+
+    def expire(self, now_s: float) -> None:
+        """End the sessions that are silent past their lease or disconnected past the grace."""
+        for session in self.all():
+            if now_s - session.last_heard_s > session.lease_s:
+                self.end(session, f"silent for longer than its lease of {session.lease_s:g} s")
+            elif session.gone_since_s is not None and now_s - session.gone_since_s > self._limits.disconnect_grace_s:
+                self.end(session, "disconnected")
+
+    def has_backlog(self) -> bool:
+        """Whether any client is behind."""
+        return any(session.backlog for session in self._sessions.values())
+
+    def _send(self, session: Session, message: Sequence[Buffer]) -> None:
+        if not session.backlog:
+            result = self._listener.send(session.id, message)
+            if result is SendResult.SENT:
+                return
+            self._note(session, result, session.last_heard_s)
+        size = _size(message)
+        if session.backlog_bytes + size > self._limits.session_backlog_bytes:
+            self.end(session, f"its client is behind by more than {self._limits.session_backlog_bytes} bytes")
+            return
+        session.backlog.append(message)
+        session.backlog_bytes += size
+
+    @staticmethod
+    def _note(session: Session, result: SendResult, now_s: float) -> None:
+        if result is SendResult.GONE and session.gone_since_s is None:
+            session.gone_since_s = now_s
+        elif result is SendResult.FULL:
+            session.gone_since_s = None
+
+
+def _size(message: Sequence[Buffer]) -> int:
+    return sum(memoryview(part).nbytes for part in message)
