@@ -1,0 +1,132 @@
+"""Answers: prompts asked at once of one client, and what is measured of each."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from raycore.errors import RaycoreError
+from raycore.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from raycore.client.blocking import BlockingClient
+    from raycore.client.client import EngineCoreClient
+    from raycore.client.journal import RequestOutput
+
+
+class Answer(msgspec.Struct):
+    """One prompt and what came back; times are seconds of one clock."""
+
+    prompt: str
+    text: str = ""
+    token_ids: list[int] = []
+    rank: int = -1
+    prompt_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    asked_s: float = 0.0
+    first_token_s: float | None = None
+    ended_s: float | None = None
+
+    def take(self, output: RequestOutput, now_s: float) -> None:
+        """Add what an output brings."""
+        self.text += output.text
+        self.token_ids.extend(output.token_ids)
+        self.rank, self.prompt_tokens = output.rank, output.prompt_tokens
+        if output.token_ids and self.first_token_s is None:
+            self.first_token_s = now_s
+        if output.finish_reason is not None:
+            self.finish_reason, self.stop_reason, self.ended_s = output.finish_reason, output.stop_reason, now_s
+
+
+class RankSummary(msgspec.Struct, frozen=True):
+    """What one rank did for these answers."""
+
+    rank: int
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    tokens_per_s: float
+    first_token_s: float
+    """Median over the requests, from asking to the first token."""
+
+
+def summarise(answers: Sequence[Answer]) -> list[RankSummary]:
+    """One row for each rank that served, in order."""
+    rows: list[RankSummary] = []
+    for rank in sorted({answer.rank for answer in answers}):
+        own = [answer for answer in answers if answer.rank == rank]
+        waits = sorted(a.first_token_s - a.asked_s for a in own if a.first_token_s is not None)
+        elapsed_s = max((a.ended_s or a.asked_s) for a in own) - min(a.asked_s for a in own)
+        tokens = sum(len(a.token_ids) for a in own)
+        rows.append(
+            RankSummary(
+                rank=rank,
+                requests=len(own),
+                prompt_tokens=sum(a.prompt_tokens for a in own),
+                output_tokens=tokens,
+                tokens_per_s=tokens / elapsed_s if elapsed_s > 0 else 0.0,
+                first_token_s=waits[len(waits) // 2] if waits else 0.0,
+            )
+        )
+    return rows
+
+
+async def ask_all(
+    client: EngineCoreClient,
+    answers: Sequence[Answer],
+    sampling: SamplingParams,
+    *,
+    is_chat: bool,
+    on_news: Callable[[Answer], None] = lambda _answer: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Ask all prompts at once and fill in the answers as they stream; the first error ends the others and is raised."""
+
+    async def ask(answer: Answer) -> None:
+        prompt = client.chat_prompt([{"role": "user", "content": answer.prompt}]) if is_chat else answer.prompt
+        answer.asked_s = clock()
+        async for output in client.generate(prompt, sampling):
+            answer.take(output, clock())
+            on_news(answer)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for answer in answers:
+                group.create_task(ask(answer))
+    except* RaycoreError as errors:
+        raise _first(errors) from None
+
+
+def ask_all_in_process(
+    client: BlockingClient,
+    answers: Sequence[Answer],
+    sampling: SamplingParams,
+    *,
+    is_chat: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """The same with a blocking client, which steps an engine in process itself."""
+    by_id: dict[str, Answer] = {}
+    for answer in answers:
+        prompt = client.chat_prompt([{"role": "user", "content": answer.prompt}]) if is_chat else answer.prompt
+        answer.asked_s = clock()
+        by_id[client.add_request(prompt, sampling)] = answer
+    while any(answer.finish_reason is None for answer in answers):
+        for output in client.outputs():
+            if output.error is not None:
+                raise output.error
+            by_id[output.request_id].take(output, clock())
+
+
+def _first(errors: BaseExceptionGroup[RaycoreError]) -> RaycoreError:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if not isinstance(error, RaycoreError):
+        raise error
+    return error
