@@ -12,8 +12,7 @@ QUESTIONS = ["What is the capital of France?", "Name three primary colors.", "Wh
 async def ask(client, question: str) -> None:
     prompt = client.chat_prompt([{"role": "user", "content": question}])
     async for output in client.generate(prompt, raycore.SamplingParams(max_tokens=40)):
-        if output.text:
-            print(f"[rank {output.rank}] {question} … {output.text!r}")
+        print(f"[rank {output.rank}] {question} … {client.tokenizer.decode(output.token_ids)!r}")
 
 
 async def main() -> None:

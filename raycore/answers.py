@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from raycore.client.text import TextBuilder
 from raycore.errors import RaycoreError
 from raycore.sampling import SamplingParams
+from raycore.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from raycore.client.blocking import BlockingClient
@@ -32,14 +34,15 @@ class Answer(msgspec.Struct):
     first_token_s: float | None = None
     ended_s: float | None = None
 
-    def take(self, output: RequestOutput, now_s: float) -> None:
-        """Add what an output brings."""
-        self.text += output.text
+    def take(self, output: RequestOutput, now_s: float, text: TextBuilder | None = None) -> None:
+        """Add what an output brings; `text` makes the text of an output that has none, since its prompt was token ids."""
+        is_last = output.finish_reason is not None
+        self.text += output.text if text is None else text.push(output.token_ids, is_last=is_last)
         self.token_ids.extend(output.token_ids)
         self.rank, self.prompt_tokens = output.rank, output.prompt_tokens
         if output.token_ids and self.first_token_s is None:
             self.first_token_s = now_s
-        if output.finish_reason is not None:
+        if is_last:
             self.finish_reason, self.stop_reason, self.ended_s = output.finish_reason, output.stop_reason, now_s
 
 
@@ -81,17 +84,20 @@ async def ask_all(
     answers: Sequence[Answer],
     sampling: SamplingParams,
     *,
-    is_chat: bool,
+    chat: Tokenizer | None,
     on_news: Callable[[Answer], None] = lambda _answer: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Ask all prompts at once and fill in the answers as they stream; the first error ends the others and is raised."""
+    """Ask all prompts at once and fill in the answers as they stream; the first error ends the others and is raised.
+
+    `chat`: the tokenizer whose chat template the prompts go through; None asks them as they are.
+    """
 
     async def ask(answer: Answer) -> None:
-        prompt = client.chat_prompt([{"role": "user", "content": answer.prompt}]) if is_chat else answer.prompt
+        prompt, text = _prompt_of(answer, sampling, chat)
         answer.asked_s = clock()
         async for output in client.generate(prompt, sampling):
-            answer.take(output, clock())
+            answer.take(output, clock(), text)
             on_news(answer)
 
     try:
@@ -107,20 +113,27 @@ def ask_all_in_process(
     answers: Sequence[Answer],
     sampling: SamplingParams,
     *,
-    is_chat: bool,
+    chat: Tokenizer | None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
     """The same with a blocking client, which steps an engine in process itself."""
-    by_id: dict[str, Answer] = {}
+    asked: dict[str, tuple[Answer, TextBuilder | None]] = {}
     for answer in answers:
-        prompt = client.chat_prompt([{"role": "user", "content": answer.prompt}]) if is_chat else answer.prompt
+        prompt, text = _prompt_of(answer, sampling, chat)
         answer.asked_s = clock()
-        by_id[client.add_request(prompt, sampling)] = answer
+        asked[client.add_request(prompt, sampling)] = answer, text
     while any(answer.finish_reason is None for answer in answers):
         for output in client.outputs():
             if output.error is not None:
                 raise output.error
-            by_id[output.request_id].take(output, clock())
+            answer, text = asked[output.request_id]
+            answer.take(output, clock(), text)
+
+
+def _prompt_of(answer: Answer, sampling: SamplingParams, chat: Tokenizer | None) -> tuple[str | list[int], TextBuilder | None]:
+    if chat is None:
+        return answer.prompt, None
+    return chat.apply_chat_template([{"role": "user", "content": answer.prompt}]), TextBuilder(chat, sampling.stop, sampling.stop_token_ids)
 
 
 def _first(errors: BaseExceptionGroup[RaycoreError]) -> RaycoreError:

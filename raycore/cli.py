@@ -77,7 +77,10 @@ def generate(  # noqa: PLR0917 -- typer passes them by name
         from raycore.demo import default_model
 
         model = default_model()
-    config = {"engine": engine, "model": model, "data_parallel_size": data_parallel_size, "device": device}
+    config: dict[str, Any] = {"engine": engine, "model": model, "data_parallel_size": data_parallel_size, "device": device}
+    if engine == "torch" and device == "cpu" and data_parallel_size > 1:
+        # Engines that each take every core wait for each other.
+        config["engine_options"] = {"threads": max(1, (os.cpu_count() or 1) // data_parallel_size)}
     asyncio.run(_generate(prompts, config, sampling, is_chat=engine == "torch" if chat is None else chat, as_json=as_json))
 
 
@@ -85,16 +88,18 @@ async def _generate(prompts: list[str], config: dict[str, Any], sampling: Sampli
     from raycore import api
     from raycore.answers import Answer, ask_all
     from raycore.terminal import AnswerView
+    from raycore.tokenizer import load_tokenizer
 
+    tokenizer = load_tokenizer(config["model"]) if is_chat else None
     answers = [Answer(prompt) for prompt in prompts]
     console = Console()
     async with api.launch(pool=f"generate-{os.getpid()}", **config) as client:
         if as_json or len(prompts) == 1:
             show = (lambda _answer: None) if as_json else _Printer(console)
-            await ask_all(client, answers, sampling, is_chat=is_chat, on_news=show)
+            await ask_all(client, answers, sampling, chat=tokenizer, on_news=show)
         else:
             with AnswerView(console, answers, max_tokens=sampling.max_tokens) as view:
-                await ask_all(client, answers, sampling, is_chat=is_chat, on_news=view.show)
+                await ask_all(client, answers, sampling, chat=tokenizer, on_news=view.show)
     if as_json:
         for answer in answers:
             typer.echo(msgspec.json.encode(_for_machines(answer)).decode())
