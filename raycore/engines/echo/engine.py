@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
 
-from raycore.engine import EMPTY, Activity, Detail, EngineInfo, EngineLoad, EngineRequest, FinishReason, RequestRefused, StepOutput
-from raycore.engines.echo.batch import Joiners, RunningBatch
-from raycore.engines.echo.ending import Ending, echoed, find_ending
+from raycore.engine import Activity, EngineInfo, EngineLoad, EngineRequest, RequestRefused, StepOutput
+from raycore.engines.echo.ending import Ending, find_ending
 from raycore.engines.echo.faults import Faults
 from raycore.engines.echo.options import EOS_TOKEN_ID, EchoOptions, check
-from raycore.engines.echo.waiting import WaitingQueue, tokens_to_prefill
+from raycore.engines.echo.scheduler import EchoScheduler, stop_details
 
 SHORT_PROMPT = 32
 """Up to here Python's `max` over a list is faster than numpy's over the array (0.3 against 1.1 µs at 8 tokens)."""
-
-BY_LENGTH = bytes([FinishReason.LENGTH])
-
-
-@dataclasses.dataclass(slots=True)
-class _PartialPrefill:
-    """The one request whose prompt is being taken in pieces; the cache for all of it is reserved."""
-
-    request: EngineRequest
-    left: int
 
 
 @final
@@ -49,16 +37,10 @@ class EchoEngine:
         self._is_timed = bool(options.base_s or options.per_sequence_s or options.per_kv_token_s or options.per_prefill_token_s)
         self._info = EngineInfo("echo", model, options.vocab_size, options.longest, options.kv_tokens, ("generate",), (EOS_TOKEN_ID,))
         self._longest = options.longest
-        self._waiting = WaitingQueue()
-        self._batch = RunningBatch()
-        self._running: dict[int, EngineRequest] = {}
-        self._partial: _PartialPrefill | None = None
-        self._endings: dict[int, Ending] = {}
-        """Of those requests that may end otherwise than by `max_tokens`, from `add` to the end."""
+        self._scheduler = EchoScheduler(options)
         self._done_on_arrival: list[tuple[int, Ending]] = []
-        self._kv_used = 0
         self._faults = Faults(sleep)
-        self._counts = dict.fromkeys(("steps", "idle_steps", "tokens", "prefill_tokens", "finished", "aborted", "preempted"), 0)
+        self._counts = dict.fromkeys(("steps", "idle_steps", "tokens", "prefill_tokens", "finished", "aborted"), 0)
 
     @property
     def info(self) -> EngineInfo:
@@ -77,67 +59,46 @@ class EchoEngine:
         if largest >= self._info.vocab_size:
             raise RequestRefused(f"token id {largest} is outside the vocabulary of {self._info.vocab_size}")
         sampling = request.sampling
+        ending: Ending | None = None
         if sampling.stop or sampling.stop_token_ids or largest >= EOS_TOKEN_ID or len(request.delivered):
             ending = find_ending(prompt, sampling, self._longest)
             if ending.length <= len(request.delivered):
                 self._done_on_arrival.append((request.handle, ending))
                 return
-            self._endings[request.handle] = ending
-        self._waiting.append(request)
+        self._scheduler.add(request, ending)
 
     def abort(self, handles: Sequence[int]) -> None:
         """Forget these requests."""
         wanted = set(handles)
-        known = self._waiting.remove(wanted)
-        if self._partial is not None and self._partial.request.handle in wanted:
-            known.add(self._partial.request.handle)
-            self._kv_used -= tokens_to_prefill(self._partial.request)
-            self._partial = None
-        running = [handle for handle in wanted if handle in self._running]
-        if running:
-            self._kv_used -= self._batch.take(running).tokens_held
-            for handle in running:
-                del self._running[handle]
-        for handle in known.union(running):
-            self._endings.pop(handle, None)
+        found = self._scheduler.remove(wanted)
         if self._done_on_arrival:
-            known.update(handle for handle, _ in self._done_on_arrival if handle in wanted)
-            self._done_on_arrival = [row for row in self._done_on_arrival if row[0] not in wanted]
-        self._counts["aborted"] += len(known) + len(running)
+            stay = [row for row in self._done_on_arrival if row[0] not in wanted]
+            found += len(self._done_on_arrival) - len(stay)
+            self._done_on_arrival = stay
+        self._counts["aborted"] += found
 
     def step(self) -> StepOutput:
         """Admit what fits, give one token to each sequence whose prompt is in, and let go of those that ended."""
         started_s = self._clock() if self._is_timed else 0.0
         if self._faults.is_armed:
             self._faults.strike()
-        counts = self._counts
-        batch = self._batch
-        if self._kv_used + len(batch) > self._options.kv_tokens - (self._partial is not None):
-            self._preempt()
-        prefilled = self._schedule() if self._partial is not None or self._waiting else 0
-        handles = batch.handles
-        tokens = batch.advance() if len(handles) else EMPTY
-        self._kv_used += len(handles)
-        counts["steps"] += 1
-        counts["tokens"] += len(handles)
+        scheduler = self._scheduler
+        prefilled = scheduler.admit()
         if self._is_timed:
             self._take_time(started_s, prefilled)
-        ended = batch.take_ended()
-        if ended is None and not self._done_on_arrival:
-            return StepOutput(handles, tokens)
-        output = StepOutput(handles, tokens)
-        if ended is not None:
-            self._kv_used -= ended.tokens_held
-            output.finished, output.reasons = ended.handles, ended.reasons
-            output.details = self._forget(ended.handles.tolist())
+        output = scheduler.advance()
         if self._done_on_arrival:
             self._publish_done_on_arrival(output)
+        counts = self._counts
+        counts["steps"] += 1
+        counts["tokens"] += len(output.tokens)
+        counts["prefill_tokens"] += prefilled
         counts["finished"] += len(output.finished)
         return output
 
     def has_work(self) -> bool:
         """Whether anything waits or runs."""
-        return bool(self._running or self._waiting or self._partial is not None or self._done_on_arrival)
+        return len(self._scheduler) > 0 or bool(self._done_on_arrival)
 
     def idle_step(self) -> None:
         """A step without sequences."""
@@ -147,10 +108,7 @@ class EchoEngine:
 
     def load(self) -> EngineLoad:
         """The load now."""
-        partial = self._partial
-        if partial is None:
-            return EngineLoad(len(self._batch), len(self._waiting), self._kv_used, self._waiting.tokens)
-        return EngineLoad(len(self._batch) + 1, len(self._waiting), self._kv_used, self._waiting.tokens + partial.left)
+        return self._scheduler.load()
 
     def utilities(self) -> Mapping[str, Callable[..., Any]]:
         """The operations that mean something without a model."""
@@ -163,7 +121,13 @@ class EchoEngine:
     def stats(self) -> dict[str, int]:
         """Counters since the start, and the load."""
         now = self.load()
-        return {**self._counts, "running": now.running, "waiting": now.waiting, "kv_tokens_used": now.kv_tokens_used}
+        return {
+            **self._counts,
+            "preempted": self._scheduler.preempted,
+            "running": now.running,
+            "waiting": now.waiting,
+            "kv_tokens_used": now.kv_tokens_used,
+        }
 
     def budget_s(self, activity: Activity) -> float | None:
         """A stalled step may have declared its length."""
@@ -171,132 +135,22 @@ class EchoEngine:
 
     def close(self) -> None:
         """Forget everything."""
-        self._waiting.clear()
-        self._batch = RunningBatch()
-        self._running.clear()
-        self._endings.clear()
-        self._done_on_arrival.clear()
-        self._partial = None
-        self._kv_used = 0
-
-    def _schedule(self) -> int:
-        """Fill the batch from the partial prefill and then the queue; returns how many prompt tokens that takes."""
-        options = self._options
-        waiting = self._waiting
-        budget = all_budget = options.max_batch_tokens - len(self._batch)
-        admitted: list[EngineRequest] = []
-        partial = self._partial
-        if partial is not None:
-            taken = min(budget, partial.left)
-            partial.left -= taken
-            budget -= taken
-            if partial.left:
-                self._counts["prefill_tokens"] += taken
-                return taken
-            admitted.append(partial.request)
-            self._partial = None
-            self._kv_used -= tokens_to_prefill(partial.request)  # it is counted again with those that are admitted
-        free = options.max_sequences - len(self._batch) - len(admitted)
-        # One more token for each sequence that gets one in this step.
-        room = options.kv_tokens - self._kv_used - len(self._batch) - sum(map(tokens_to_prefill, admitted)) - len(admitted)
-        if len(waiting) <= free and waiting.tokens <= budget and waiting.tokens + len(waiting) <= room:
-            budget -= waiting.tokens
-            admitted += waiting.pop_all()
-        else:
-            budget = self._admit_some(admitted, free, budget, room)
-        if admitted:
-            self._join(admitted)
-        self._counts["prefill_tokens"] += all_budget - budget
-        return all_budget - budget
-
-    def _admit_some(self, admitted: list[EngineRequest], free: int, budget: int, room: int) -> int:
-        """Admit in the queue's order until a place, the cache or the step's budget is used up; returns the budget that is left."""
-        waiting = self._waiting
-        while waiting and free and budget:
-            need = tokens_to_prefill(waiting.head)
-            if need + 1 > room:
-                break
-            request = waiting.pop()
-            if need > budget:
-                self._partial = _PartialPrefill(request, need - budget)
-                self._kv_used += need
-                return 0
-            free, budget, room = free - 1, budget - need, room - need - 1
-            admitted.append(request)
-        return budget
-
-    def _join(self, admitted: list[EngineRequest]) -> None:
-        """Put requests into the batch, each with its ending."""
-        handles: list[int] = [request.handle for request in admitted]
-        prompts = [request.prompt_token_ids for request in admitted]
-        positions = [len(request.delivered) for request in admitted]
-        counts = [request.sampling.max_tokens for request in admitted]
-        reasons = BY_LENGTH * len(admitted)
-        longest = self._longest
-        if max(map(len, prompts)) + max(counts) > longest:
-            counts = [min(count, longest - len(prompt)) for count, prompt in zip(counts, prompts, strict=True)]
-        if self._endings:
-            by_length = Ending(0, FinishReason.LENGTH)
-            endings = [self._endings.get(handle, by_length) for handle in handles]
-            counts = [ending.length or count for ending, count in zip(endings, counts, strict=True)]
-            reasons = bytes(ending.reason for ending in endings)
-        self._running.update(zip(handles, admitted, strict=True))
-        self._kv_used += sum(map(len, prompts)) + sum(positions)
-        self._batch.join(Joiners(handles, prompts, positions, counts, reasons))
-
-    def _preempt(self) -> None:
-        """Put the newest sequences back into the queue until each of the others can get its token."""
-        if self._partial is not None:
-            self._kv_used -= tokens_to_prefill(self._partial.request)
-            self._put_back(self._partial.request)
-            self._partial = None
-        self._evict(lambda kept, held: held + kept > self._options.kv_tokens)
-
-    def _evict(self, is_too_much: Callable[[int, int], bool]) -> None:
-        held = self._batch.tokens_held()
-        keep, used = len(held), self._kv_used
-        while keep and is_too_much(keep, used):
-            keep -= 1
-            used -= int(held[keep])
-        leavers = self._batch.handles[keep:].tolist()
-        outputs = held[keep:].tolist()
-        if not leavers:
-            return
-        self._kv_used -= self._batch.take(leavers).tokens_held
-        for handle, tokens in zip(reversed(leavers), reversed(outputs), strict=True):
-            request = self._running.pop(handle)
-            produced = echoed(request.prompt_token_ids, 0, tokens - len(request.prompt_token_ids))
-            self._put_back(dataclasses.replace(request, delivered=produced))
-
-    def _put_back(self, request: EngineRequest) -> None:
-        self._waiting.push_front(request)
-        self._counts["preempted"] += 1
-
-    def _forget(self, handles: list[int]) -> list[tuple[int, Detail]]:
-        for handle in handles:
-            del self._running[handle]
-        if not self._endings:
-            return []
-        endings = ((handle, self._endings.pop(handle)) for handle in handles if handle in self._endings)
-        return [(handle, Detail(stop_reason=ending.stop_reason)) for handle, ending in endings if ending.stop_reason is not None]
+        self._scheduler = EchoScheduler(self._options)
+        self._done_on_arrival = []
 
     def _publish_done_on_arrival(self, output: StepOutput) -> None:
         """Replays that had all their tokens already end without another one."""
-        done = self._done_on_arrival
+        done, self._done_on_arrival = self._done_on_arrival, []
         output.finished = np.concatenate((output.finished, np.array([handle for handle, _ in done], dtype=np.uint32)))
         output.reasons += bytes(ending.reason for _, ending in done)
-        output.details = [
-            *output.details,
-            *((h, Detail(stop_reason=ending.stop_reason)) for h, ending in done if ending.stop_reason is not None),
-        ]
-        self._done_on_arrival = []
+        output.details = [*output.details, *stop_details(done)]
 
     def _take_time(self, started_s: float, prefilled: int) -> None:
-        options = self._options
+        options, scheduler = self._options, self._scheduler
         modelled_s = (
             options.base_s
-            + options.per_sequence_s * len(self._batch)
-            + options.per_kv_token_s * self._kv_used
+            + options.per_sequence_s * scheduler.batch_size
+            + options.per_kv_token_s * (scheduler.kv_used + scheduler.batch_size)
             + options.per_prefill_token_s * prefilled
         )
         left_s = started_s + modelled_s - self._clock()
@@ -307,7 +161,5 @@ class EchoEngine:
         """There is no prefix cache to reset; with `reset_running_requests` everything that runs is computed anew, as in a real engine."""
         del reset_connector
         if reset_running_requests:
-            if self._partial is not None:
-                self._preempt()
-            self._evict(lambda _kept, _held: True)
+            self._scheduler.preempt_all()
         return True
