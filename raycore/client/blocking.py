@@ -227,15 +227,15 @@ class BlockingClient:
         """End requests early."""
         self._run(lambda client: client.abort_requests(request_ids))
 
-    def call(self, method: str, *, rank: int, timeout_s: float | None = None, **arguments: Any) -> Any:
+    def call(self, method: str, /, *, rank: int, timeout_s: float | None = None, **arguments: Any) -> Any:
         """Call an operation on one rank."""
         return self._run(lambda client: client.call(method, rank=rank, timeout_s=timeout_s, **arguments))
 
-    def call_all(self, method: str, *, timeout_s: float | None = None, **arguments: Any) -> dict[int, Any]:
+    def call_all(self, method: str, /, *, timeout_s: float | None = None, **arguments: Any) -> dict[int, Any]:
         """Call an operation on every rank; results and errors by rank."""
         return self._run(lambda client: client.call_all(method, timeout_s=timeout_s, **arguments))
 
-    def call_agree(self, method: str, *, timeout_s: float | None = None, **arguments: Any) -> Any:
+    def call_agree(self, method: str, /, *, timeout_s: float | None = None, **arguments: Any) -> Any:
         """Call an operation on every rank; their one result, or DisagreementError."""
         return self._run(lambda client: client.call_agree(method, timeout_s=timeout_s, **arguments))
 

@@ -45,10 +45,11 @@ from raycore.tensors import SharedMemoryFiles
 from raycore.transport.channel import ClientChannel, Message
 
 _FIRST_SLOTS = 512
+_QUICK_LOSS_S = 1.0
 
 
 class SessionOwner(Protocol):
-    """Who decides what follows from a session's news."""
+    """Who decides what follows from a session's own news."""
 
     def on_attached(self, session: EngineSession) -> None:
         """The session is open."""
@@ -66,8 +67,16 @@ class SessionOwner(Protocol):
         """The engine's step loop is over."""
         ...
 
+    def on_membership(self, membership: Membership) -> None:
+        """An engine told of a newer membership."""
+        ...
+
+
+class RequestSink(Protocol):
+    """Who decides what follows from the ends of requests and calls."""
+
     def on_finished(self, record: RequestRecord) -> None:
-        """A request got its terminal record."""
+        """A request got its terminal record; it is woken afterwards."""
         ...
 
     def on_refused(self, record: RequestRecord, error: ErrorRecord) -> None:
@@ -82,10 +91,6 @@ class SessionOwner(Protocol):
         """A call was answered."""
         ...
 
-    def on_membership(self, membership: Membership) -> None:
-        """An engine told of a newer membership."""
-        ...
-
 
 class EngineSession:
     """Created for one member; `open` attaches; ends by `close`, loss or the engine's death, and is never reused."""
@@ -95,6 +100,7 @@ class EngineSession:
         member: Member,
         make_channel: Callable[[Member, SessionId], ClientChannel],
         owner: SessionOwner,
+        sink: RequestSink,
         *,
         pool: str,
         client: str,
@@ -102,6 +108,7 @@ class EngineSession:
         limits: Limits,
         files: SharedMemoryFiles | None,
         replaces: SessionId | None = None,
+        quick_losses: int = 0,
     ) -> None:
         session_id = b"\x01" + secrets.token_bytes(15)  # ZeroMQ keeps ids that begin with a zero byte for itself
         self.id = SessionId(session_id)
@@ -115,6 +122,7 @@ class EngineSession:
         self.decoder = FrameDecoder(EngineFrame, pool)
         self._channel = make_channel(member, self.id)
         self._owner = owner
+        self._sink = sink
         self._pool = pool
         self._client = client
         self._pid = pid
@@ -131,21 +139,30 @@ class EngineSession:
         self._next_in = 0
         self._slots: list[int] = []
         self._loop = asyncio.get_running_loop()
+        self._opened_at_s = self._loop.time()
+        self._quick_losses = quick_losses
+        self._is_open = False
+        self._probe = ""
+
+    def quick_losses_with(self, now_s: float) -> int:
+        """How many sessions with this engine, this one included, were lost soon after they were made."""
+        return self._quick_losses + 1 if now_s - self._opened_at_s < _QUICK_LOSS_S else 0
 
     # -- to the engine ------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Connect and attach."""
+        """Connect and attach; what was submitted before follows in order."""
+        if self.is_closed or self._is_open:
+            return
+        self._is_open = True
         self._channel.open(self._on_messages)
-        probe = ""
         if self._files is not None:
-            probe = self._files.write(memoryview(b"\0"))
+            self._probe = self._files.write(memoryview(b"\0"))
             self._files.take_names()
-        self._probe = probe
-        attach = Attach(
-            PROTOCOL_VERSION, self._pool, self.engine.incarnation, self._client, self._limits.lease_s, self._replaces, probe, self._pid
-        )
-        self._post(attach)
+        incarnation, lease_s = self.engine.incarnation, self._limits.lease_s
+        attach = Attach(PROTOCOL_VERSION, self._pool, incarnation, self._client, lease_s, self._replaces, self._probe, self._pid)
+        self._outbox.insert(0, attach)
+        self._schedule_flush()
 
     def submit(self, record: RequestRecord) -> None:
         """Send a request to this engine, with the tokens that its caller has already."""
@@ -189,7 +206,7 @@ class EngineSession:
         self.is_closed = True
         self.is_attached = False
         self.ledger.is_usable = False
-        if farewell:
+        if farewell and self._is_open:
             self._outbox.append(Detach())
             self._send_outbox()
             self._channel.flush_and_close()
@@ -211,6 +228,10 @@ class EngineSession:
 
     def _post(self, item: ToEngine) -> None:
         self._outbox.append(item)
+        if not self._is_flush_due and self._is_open:
+            self._schedule_flush()
+
+    def _schedule_flush(self) -> None:
         if not self._is_flush_due:
             self._is_flush_due = True
             self._loop.call_soon(self._flush)
@@ -329,7 +350,7 @@ class EngineSession:
             if record.files:
                 self._discard_files(record)
             record.finish_reason = FinishReason(reason)
-            self._owner.on_finished(record)
+            self._sink.on_finished(record)
             record.wake()
             news.discard(slot)
 
@@ -346,17 +367,17 @@ class EngineSession:
     def _take_rare(self, item: Any) -> None:
         match item:
             case CallResult():
-                self._owner.on_call_result(self, item)
+                self._sink.on_call_result(self, item)
             case Attached():
                 self._take_attached(item)
             case Refused():
                 record = self._free_slot(item.slot)
                 if record is not None:
-                    self._owner.on_refused(record, item.error)
+                    self._sink.on_refused(record, item.error)
             case NotMember():
                 freed = [self._free_slot(Slot(slot)) for slot in memoryview(item.slots).cast("I").tolist()]
                 self._owner.on_membership(item.membership)
-                self._owner.on_not_member(self, [record for record in freed if record is not None])
+                self._sink.on_not_member(self, [record for record in freed if record is not None])
             case MembershipChanged():
                 self._owner.on_membership(item.membership)
             case SessionExpired():

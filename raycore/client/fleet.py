@@ -1,0 +1,299 @@
+"""The client's view of the pool's engines: one session per member, who may get work, who is suspect, who is gone and why."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+import msgspec
+
+from raycore.client.control import ControlPlane
+from raycore.client.journal import RequestRecord
+from raycore.client.links import Links
+from raycore.client.session import EngineSession, RequestSink
+from raycore.config import HealthConfig, Limits, Timeouts
+from raycore.engine import EngineInfo
+from raycore.errors import DeadlineError, EngineDeadError, ErrorRecord, NoEngineError, UnknownRankError
+from raycore.health import Verdict
+from raycore.ids import EngineId, Rank, SessionId
+from raycore.membership import Member, Membership, MemberState
+from raycore.routing import EngineLedger
+
+_log = logging.getLogger(__name__)
+
+_TICK_S = 0.25
+_FENCE_BY_CONTROLLER_S = 10.0
+"""A suspect that nobody fenced for so long is dead to this client."""
+_DEATHS_KEPT = 16
+_BACKOFF_S = 0.1
+"""Sessions with one engine that are lost within a second of each other are opened anew only after a growing wait."""
+
+
+class FleetListener(Protocol):
+    """Who settles what an engine or a session leaves behind."""
+
+    def on_session_lost(self, old: EngineSession, fresh: EngineSession, records: list[RequestRecord], reason: str) -> None:
+        """The engine lives, its session is a new one; these requests have no session."""
+        ...
+
+    def on_engine_gone(self, session: EngineSession, records: list[RequestRecord], cause: str) -> None:
+        """The incarnation is dead to this client; these requests have no session."""
+        ...
+
+
+class EngineFleet:
+    """Opens, renews and ends sessions as members, beats and deaths demand."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        control: ControlPlane,
+        links: Links,
+        *,
+        client: str,
+        timeouts: Timeouts,
+        limits: Limits,
+        health: HealthConfig,
+    ) -> None:
+        self.membership = membership
+        self.usable: list[EngineLedger] = []
+        """Engines that may get new requests now; replaced as a whole."""
+        self.info: EngineInfo | None = None
+        """What the engines say of themselves; the strictest of each limit."""
+        self._control = control
+        self._links = links
+        self._client = client
+        self._timeouts = timeouts
+        self._limits = limits
+        self._health = health
+        self._sessions: dict[EngineId, EngineSession] = {}
+        self._session_of: dict[EngineLedger, EngineSession] = {}
+        self._suspects: dict[EngineId, tuple[float, str]] = {}
+        self._dead: dict[EngineId, str] = {}
+        self._attach_due: dict[EngineSession, tuple[float, asyncio.Future[None]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    async def start(self, listener: FleetListener, sink: RequestSink) -> None:
+        """Open a session with every member. DeadlineError or EngineDeadError when one does not answer in time."""
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._sink = sink
+        self._links.start(self._health, self._on_verdict)
+        opened = [self._open_session(member) for member in self.membership.members]
+        if not opened:
+            msg = f"pool {self.membership.pool!r} has no members"
+            raise NoEngineError(msg)
+        self._spawn(self._tick())
+        await asyncio.gather(*(self._attach_due[session][1] for session in opened))
+
+    async def close(self) -> None:
+        """Take leave of every engine; nothing of this fleet is left."""
+        self._is_closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for _, future in self._attach_due.values():
+            future.cancel()
+        self._attach_due.clear()
+        for session in self._sessions.values():
+            self._control.forget(session.engine)
+            session.close(farewell=True)
+            session.release_records()
+        self._sessions.clear()
+        self._session_of.clear()
+        self.usable = []
+        await self._links.close()
+        await self._control.close()
+
+    # -- questions --------------------------------------------------------------------------------------------------------
+
+    def sessions(self) -> list[EngineSession]:
+        """One per serving rank, by rank."""
+        return sorted((s for s in self._sessions.values() if not s.is_closed), key=lambda s: s.engine.rank)
+
+    def of_ledger(self, ledger: EngineLedger) -> EngineSession:
+        """The session whose ledger this is."""
+        return self._session_of[ledger]
+
+    def of_rank(self, rank: int) -> EngineSession:
+        """The session with a rank. UnknownRankError when it does not serve."""
+        for engine, session in self._sessions.items():
+            if engine.rank == rank and not session.is_closed:
+                return session
+        msg = f"rank {rank!r} does not serve; ranks are {[s.engine.rank for s in self.sessions()]}"
+        raise UnknownRankError(msg)
+
+    def healthy_of_rank(self, rank: Rank) -> EngineSession:
+        """Likewise, and not suspect."""
+        session = self.of_rank(rank)
+        if session.engine in self._suspects:
+            msg = f"rank {rank} is suspect: {self._suspects[session.engine][1]}"
+            raise UnknownRankError(msg)
+        return session
+
+    def no_engine(self) -> NoEngineError:
+        """The error for work that nobody can take, with what is known of the dead."""
+        causes = "; ".join(f"{engine}: {cause}" for engine, cause in list(self._dead.items())[-4:])
+        return NoEngineError(f"no engine of pool {self.membership.pool!r} can take work" + (f" ({causes})" if causes else ""))
+
+    # -- news from sessions -----------------------------------------------------------------------------------------------
+
+    def on_attached(self, session: EngineSession) -> None:
+        """The session is open."""
+        due = self._attach_due.pop(session, None)
+        if due is not None and not due[1].done():
+            due[1].set_result(None)
+        infos = [each.member.info for each in self._sessions.values()]
+        strictest = min(infos, key=lambda info: info.max_model_len)
+        self.info = msgspec.structs.replace(strictest, vocab_size=min(info.vocab_size for info in infos))
+        self.renew_usable()
+
+    def on_attach_refused(self, session: EngineSession, reason: str) -> None:
+        """The engine does not want this client: it is not the one that we were told of."""
+        self._gone(session.engine, f"refused the session: {reason}")
+
+    def on_lost(self, session: EngineSession, reason: str) -> None:
+        """Attach anew; what ran goes on there."""
+        if session.is_closed or self._is_closed:
+            return
+        _log.warning("%s: session with %s lost (%s); attaching anew", self._client, session.engine, reason)
+        session.close()
+        records = session.release_records()
+        due = self._attach_due.pop(session, None)
+        fresh = self._open_session(session.member, replaces=session, attached=due[1] if due else None)
+        self._listener.on_session_lost(session, fresh, records, reason)
+
+    def on_engine_failed(self, session: EngineSession, error: ErrorRecord) -> None:
+        """The engine's loop is over."""
+        cause = error.message if error.type == "EngineStopped" else f"{error.type}: {error.message}"
+        self._gone(session.engine, cause)
+
+    def on_leaving(self, session: EngineSession) -> None:
+        """The engine takes nothing new."""
+        session.ledger.is_usable = False
+        self.renew_usable()
+
+    def on_membership(self, membership: Membership) -> None:
+        """Someone told of a membership: keep it if it is newer."""
+        if self._is_closed or not membership.supersedes(self.membership):
+            return
+        self.membership = membership
+        causes = {departure.engine: departure.cause for departure in membership.departed}
+        for engine in [engine for engine in self._sessions if not membership.has(engine)]:
+            self._gone(engine, causes.get(engine, "left the pool"))
+        for member in membership.members:
+            session = self._sessions.get(member.engine)
+            if session is None and member.engine not in self._dead:
+                self._open_session(member)
+            elif session is not None and member.state is MemberState.LEAVING:
+                session.ledger.is_usable = False
+        self.renew_usable()
+
+    # -- life and death of engines ----------------------------------------------------------------------------------------
+
+    def _open_session(
+        self, member: Member, replaces: EngineSession | None = None, attached: asyncio.Future[None] | None = None
+    ) -> EngineSession:
+        quick_losses = 0 if replaces is None else replaces.quick_losses_with(self._loop.time())
+        session = EngineSession(
+            member,
+            self._links.channel,
+            self,
+            self._sink,
+            pool=self.membership.pool,
+            client=self._client,
+            pid=os.getpid(),
+            limits=self._limits,
+            files=self._links.files(member),
+            replaces=None if replaces is None else SessionId(replaces.id),
+            quick_losses=quick_losses,
+        )
+        if replaces is None:
+            self._links.watch(member)
+            self._control.watch(member.engine, self._gone)
+        else:
+            self._session_of.pop(replaces.ledger, None)
+        self._sessions[member.engine] = session
+        self._session_of[session.ledger] = session
+        self._attach_due[session] = (self._loop.time() + self._timeouts.attach_s, attached or self._loop.create_future())
+        if quick_losses:
+            self._loop.call_later(_BACKOFF_S * quick_losses, session.open)
+        else:
+            session.open()
+        self.renew_usable()
+        return session
+
+    def _gone(self, engine: EngineId, cause: str) -> None:
+        """The incarnation is dead to this client: everything that waits for it learns so now."""
+        session = self._sessions.pop(engine, None)
+        if session is None or self._is_closed:
+            return
+        _log.warning("%s: %s is gone: %s", self._client, engine, cause)
+        self._dead[engine] = cause
+        while len(self._dead) > _DEATHS_KEPT:
+            self._dead.pop(next(iter(self._dead)))
+        self._suspects.pop(engine, None)
+        self._session_of.pop(session.ledger, None)
+        session.close()
+        self._links.forget(engine)
+        self._control.forget(engine)
+        self.renew_usable()
+        self._fail_attach(session, EngineDeadError(f"{engine} is dead: {cause}", rank=engine.rank, cause=cause))
+        self._listener.on_engine_gone(session, session.release_records(), cause)
+
+    def _fail_attach(self, session: EngineSession, error: Exception) -> None:
+        due = self._attach_due.pop(session, None)
+        if due is not None and not due[1].done():
+            due[1].set_exception(error)
+            due[1].exception()  # whoever waits raises it; if nobody does, it is no surprise
+
+    def _on_verdict(self, engine: EngineId, verdict: Verdict, why: str) -> None:
+        """The engine's beats changed what we think of it."""
+        if engine not in self._sessions:
+            return
+        if verdict is Verdict.ALIVE:
+            self._suspects.pop(engine, None)
+        else:
+            self._suspects[engine] = (self._loop.time(), why)
+            self._spawn(self._control.report_suspect(engine, why))
+        self.renew_usable()
+
+    def renew_usable(self) -> None:
+        """Who may get new requests: attached and healthy engines; when there are none, those that may still answer."""
+        healthy = [s for e, s in self._sessions.items() if not s.is_closed and e not in self._suspects]
+        attached = [s.ledger for s in healthy if s.ledger.is_usable]
+        self.usable = attached or [s.ledger for s in healthy if not s.is_attached]
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now_s = self._loop.time()
+            for session in list(self._sessions.values()):
+                session.renew(now_s)
+            for session, (due_s, _) in list(self._attach_due.items()):
+                if now_s > due_s:
+                    message = f"{session.engine} did not open a session within {self._timeouts.attach_s:g} s"
+                    self._fail_attach(session, DeadlineError(message))
+                    self._gone(session.engine, message)
+            for engine, (since_s, why) in list(self._suspects.items()):
+                if now_s - since_s > _FENCE_BY_CONTROLLER_S:
+                    self._gone(engine, why)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task: asyncio.Task[None] = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def check_invariants(self) -> list[RequestRecord]:
+        """Raise AssertionError when a ledger and its session disagree; returns every request that is on an engine. For tests."""
+        everything: list[RequestRecord] = []
+        for session in self._sessions.values():
+            mine = [record for record in session.records if record is not None]
+            assert session.ledger.requests == len(mine), "the ledger miscounts requests"  # noqa: S101
+            assert session.ledger.tokens == sum(r.cost - len(r.tokens) for r in mine), "the ledger miscounts tokens"  # noqa: S101
+            everything.extend(mine)
+        return everything
