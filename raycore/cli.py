@@ -55,7 +55,7 @@ def demo() -> None:
 
 
 @app.command()
-def generate(  # noqa: PLR0917 -- typer passes them by name
+def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Asked all at once.")],
     model: Annotated[str | None, typer.Option(help="Checkpoint directory or GGUF file; the packaged SmolLM2 by default.")] = None,
     engine: Annotated[str, typer.Option(help="echo, torch, or module:function.")] = "torch",

@@ -108,9 +108,7 @@ class NotSupportedError(UtilityError):
 class RemoteCallError(UtilityError):
     """The method raised on the engine."""
 
-    def __init__(
-        self, message: str, *, method: str = "", rank: int | None = None, remote_type: str = "", traceback: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, method: str = "", rank: int | None = None, remote_type: str = "", traceback: str = "") -> None:
         super().__init__(message, method=method, rank=rank)
         self.remote_type = remote_type
         self.traceback = traceback

@@ -166,16 +166,7 @@ class BadFrame(msgspec.Struct, frozen=True, array_like=True, tag=9):
 
 
 ToClient = (
-    Attached
-    | StepColumns
-    | CallResult
-    | Refused
-    | NotMember
-    | MembershipChanged
-    | SessionExpired
-    | EngineFailed
-    | AttachRefused
-    | BadFrame
+    Attached | StepColumns | CallResult | Refused | NotMember | MembershipChanged | SessionExpired | EngineFailed | AttachRefused | BadFrame
 )
 
 

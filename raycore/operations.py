@@ -147,8 +147,12 @@ TABLE: tuple[Operation, ...] = (
     Operation("resume_scheduler", NoArguments, None, FanOut.ALL, "Step again after a pause.", changes_engine=True, by_core=True),
     Operation("is_scheduler_paused", NoArguments, bool, FanOut.AGREE, "Whether the scheduler is paused.", by_core=True),
     Operation("execute_dummy_batch", NoArguments, None, FanOut.ALL, "Run one step with a dummy batch.", by_core=True),
-    Operation("collective_rpc", CollectiveRpcArguments, Any, FanOut.ALL, "Call a method of the engine by name on every rank.", by_core=True),
-    Operation("profile", ProfileArguments, str, FanOut.ALL, "Start or stop a trace of the engine; returns its path or what goes on.", by_core=True),
+    Operation(
+        "collective_rpc", CollectiveRpcArguments, Any, FanOut.ALL, "Call a method of the engine by name on every rank.", by_core=True
+    ),
+    Operation(
+        "profile", ProfileArguments, str, FanOut.ALL, "Start or stop a trace of the engine; returns its path or what goes on.", by_core=True
+    ),
     Operation("reset_prefix_cache", ResetPrefixCacheArguments, bool, FanOut.EVERY_TRUE, "Forget cached prefixes.", changes_engine=True),
     Operation("reset_mm_cache", NoArguments, None, FanOut.ALL, "Forget cached multimodal inputs.", changes_engine=True),
     Operation("reset_encoder_cache", NoArguments, None, FanOut.ALL, "Forget cached encoder outputs.", changes_engine=True),

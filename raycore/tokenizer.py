@@ -105,7 +105,7 @@ class HfTokenizer:
             raise ConfigurationError(f"the tokenizer of {self._path} has no chat template; pass a prompt instead of messages")
         return list(tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, return_dict=False))
 
-    def _tokenizer(self) -> Any:  # noqa: ANN401 -- transformers declares no common type
+    def _tokenizer(self) -> Any:
         if self._loaded is None:
             self._loaded = _load_hf(self._path)
         return self._loaded
@@ -144,7 +144,7 @@ def sole_gguf(directory: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _load_hf(path: Path) -> Any:  # noqa: ANN401 -- transformers declares no common type
+def _load_hf(path: Path) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -154,7 +154,7 @@ def _load_hf(path: Path) -> Any:  # noqa: ANN401 -- transformers declares no com
     logging.disable_progress_bar()
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
         raise ConfigurationError(f"cannot load the tokenizer of {str(path)!r}: {error}") from error
     finally:
         if bars:

@@ -64,7 +64,9 @@ class SessionTable:
         self._files = SharedMemoryFiles(pool)
         self._sessions: dict[bytes, Session] = {}
         self._dirty: list[Session] = []
-        self._farewell = FrameEncoder()
+        self._stranger_encoder = FrameEncoder()
+        self._farewells: dict[bytes, tuple[float, Sequence[Buffer]]] = {}
+        """SessionExpired for clients that take nothing now: until when to try, and the message."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -86,13 +88,14 @@ class SessionTable:
         return session
 
     def end(self, session: Session, reason: str) -> None:
-        """Forget a session; its requests are the caller's `on_end` to abort. Later frames of it are answered with SessionExpired."""
+        """Forget a session; its requests are `on_end`'s to abort. Later frames of it are answered with SessionExpired."""
         if self._sessions.pop(session.id, None) is None:
             return
         session.backlog.clear()
         session.outbox.clear()
         self._on_end(session, reason)
-        self._listener.forget(session.id)
+        if session.id not in self._farewells:
+            self._listener.forget(session.id)
 
     def post(self, session: Session, item: ToClient) -> None:
         """Queue an item for the session's next frame."""
@@ -117,16 +120,17 @@ class SessionTable:
     def tell_expired(self, session_id: bytes, reason: str) -> None:
         """Answer a frame of a session that is not known (any more)."""
         frame = EngineFrame(-1, -1, EngineLoad(), 0, [SessionExpired(reason)])
-        self._listener.send(session_id, self._farewell.encode(frame))
+        self._listener.send(session_id, self._stranger_encoder.encode(frame))
         if session_id not in self._sessions:
             self._listener.forget(session_id)
 
     def tell_stranger(self, session_id: bytes, item: ToClient) -> None:
         """Answer a peer that has no session."""
-        self._listener.send(session_id, self._farewell.encode(EngineFrame(-1, -1, EngineLoad(), 0, [item])))
+        self._listener.send(session_id, self._stranger_encoder.encode(EngineFrame(-1, -1, EngineLoad(), 0, [item])))
 
     def retry_backlogs(self, now_s: float) -> None:
         """Send what slow clients left, and notice peers that came back."""
+        self._retry_farewells(now_s)
         for session in self.all():
             while session.backlog:
                 result = self._listener.send(session.id, session.backlog[0])
@@ -135,6 +139,12 @@ class SessionTable:
                     break
                 session.gone_since_s = None
                 session.backlog_bytes -= _size(session.backlog.popleft())
+
+    def _retry_farewells(self, now_s: float) -> None:
+        for session_id, (until_s, message) in list(self._farewells.items()):
+            if self._listener.send(session_id, message) is not SendResult.FULL or now_s > until_s:
+                del self._farewells[session_id]
+                self._listener.forget(session_id)
 
     def expire(self, now_s: float) -> None:
         """End the sessions that are silent past their lease or disconnected past the grace."""
@@ -146,7 +156,7 @@ class SessionTable:
 
     def has_backlog(self) -> bool:
         """Whether any client is behind."""
-        return any(session.backlog for session in self._sessions.values())
+        return bool(self._farewells) or any(session.backlog for session in self._sessions.values())
 
     def _send(self, session: Session, message: Sequence[Buffer]) -> None:
         if not session.backlog:
@@ -156,7 +166,10 @@ class SessionTable:
             self._note(session, result, session.last_heard_s)
         size = _size(message)
         if session.backlog_bytes + size > self._limits.session_backlog_bytes:
-            self.end(session, f"its client is behind by more than {self._limits.session_backlog_bytes} bytes")
+            reason = f"its client is behind by more than {self._limits.session_backlog_bytes} bytes"
+            expired = EngineFrame(-1, -1, EngineLoad(), 0, [SessionExpired(reason)])
+            self._farewells[session.id] = (session.last_heard_s + session.lease_s, self._stranger_encoder.encode(expired))
+            self.end(session, reason)
             return
         session.backlog.append(message)
         session.backlog_bytes += size
