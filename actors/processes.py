@@ -24,14 +24,20 @@ _PATIENCE_S = 0.5
 
 def is_gone(pid: int) -> bool:
     """Whether no Ray worker with this pid runs on this host; a zombie holds nothing any more."""
+    if _is_zombie(pid):
+        return True
     try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-        if state in "ZX":
-            return True
         # A pid may be reused: Ray titles its workers `ray::…`.
         return not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 async def end_process(pid: int, node_id: str, pool: str, *, limit_s: float) -> bool:
@@ -51,7 +57,8 @@ async def end_process_here(pid: int, pool: str, *, limit_s: float) -> bool:
     """`end_process` for this host."""
     started_s = time.monotonic()
     is_killed = False
-    while not is_gone(pid):
+    # Until it is reaped, not only dead: the sweeps leave the files of a pid that is in /proc.
+    while not is_gone(pid) or (_is_zombie(pid) and time.monotonic() - started_s < limit_s):
         passed_s = time.monotonic() - started_s
         if passed_s > limit_s:
             return False
