@@ -61,8 +61,14 @@ class CachedStep:
         """All decodes at once, prompt chunks one by one."""
         self.cache.write(layer, self.batch.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         parts = [self._attend_decodes(layer, query, key.shape[1], call)] if self.batch.decodes else []
-        for index in range(len(self.batch.spans)):
-            parts.append(self._attend_span(layer, index, query, key, value, call))
+        for index, span in enumerate(self.batch.spans):
+            rows = slice(span.begin, span.end)
+            mask = self.batch.span_mask(index, call.window)
+            if mask is None:
+                span_key, span_value = key[:, :, rows], value[:, :, rows]
+            else:
+                span_key, span_value = self.cache.gather(layer, span.table)
+            parts.append(_dense(query[:, :, rows], span_key, span_value, mask, call)[0].transpose(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_decodes(self, layer: int, query: torch.Tensor, kv_heads: int, call: AttentionCall) -> torch.Tensor:
@@ -73,18 +79,6 @@ class CachedStep:
         grouped = query[0, :, : batch.decodes].transpose(0, 1).reshape(batch.decodes, kv_heads, heads // kv_heads, dim)
         output = _dense(grouped, key, value, batch.decode_mask(call.window, heads // kv_heads), call)
         return output.reshape(batch.decodes, heads, -1)
-
-    def _attend_span(
-        self, layer: int, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
-    ) -> torch.Tensor:
-        span = self.batch.spans[index]
-        rows = slice(span.begin, span.end)
-        mask = self.batch.span_mask(index, call.window)
-        if mask is None:
-            key, value = key[:, :, rows], value[:, :, rows]
-        else:
-            key, value = self.cache.gather(layer, span.table)
-        return _dense(query[:, :, rows], key, value, mask, call)[0].transpose(0, 1)
 
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, call: AttentionCall) -> torch.Tensor:
@@ -100,7 +94,7 @@ def _softcapped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, call: AttentionCall
 ) -> torch.Tensor:
     """The same with scores bounded by tanh before the mask (Gemma 2), which fused kernels do not offer."""
-    assert call.softcap is not None
+    assert call.softcap is not None  # noqa: S101
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -124,14 +118,14 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_: Any,  # noqa: ANN401 -- models pass what their own backends want
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The registered function; returns [1, T, heads, dim]. Raises NotImplementedError for attention sinks."""
     del attention_mask
     if s_aux is not None:
         raise NotImplementedError("attention sinks (s_aux)")
     layer = module.layer_idx
-    assert isinstance(layer, int)
+    assert isinstance(layer, int)  # noqa: S101
     call = AttentionCall(scaling, sliding_window or NO_WINDOW, softcap)
     return paged.attend(layer, query, key, value, call)[None], None
 

@@ -120,14 +120,14 @@ class BlockPool:
     def check_invariants(self, tables: Iterable[Sequence[int]] = ()) -> None:
         """Assert that every block is in exactly one state and held as often as these tables say."""
         held = Counter(block for table in tables for block in table)
-        assert held == self._holders, f"tables hold {held}, the pool counts {self._holders}"
+        assert held == self._holders, f"tables hold {held}, the pool counts {self._holders}"  # noqa: S101
         parts = [set(self._free), set(self._cached), set(self._holders)]
-        assert sum(map(len, parts)) == len(set().union(*parts)) == self.capacity, "a block is lost or in two states"
-        assert len(self._free) == len(parts[0]), "a block is free twice"
-        assert SCRATCH_BLOCK not in set().union(*parts)
-        assert {b: d for d, b in self._by_digest.items()} == self._digest_of
-        assert parts[1] <= set(self._digest_of)
-        assert not parts[0] & set(self._digest_of)
+        assert sum(map(len, parts)) == len(set().union(*parts)) == self.capacity, "a block is lost or in two states"  # noqa: S101
+        assert len(self._free) == len(parts[0]), "a block is free twice"  # noqa: S101
+        assert SCRATCH_BLOCK not in set().union(*parts)  # noqa: S101
+        assert {b: d for d, b in self._by_digest.items()} == self._digest_of  # noqa: S101
+        assert parts[1] <= set(self._digest_of)  # noqa: S101
+        assert not parts[0] & set(self._digest_of)  # noqa: S101
 
     def _forget(self, block: int) -> None:
         digest = self._digest_of.pop(block, None)

@@ -24,8 +24,9 @@ from raycore.engine import (
 from raycore.engines.torch.batch import sampled_chunks
 from raycore.engines.torch.blocks import BlockPool
 from raycore.engines.torch.kv_cache import KVCache, choose_kv_tokens
-from raycore.engines.torch.loading import eos_ids, find_source, load_model, load_tokenizer_of
+from raycore.engines.torch.loading import Checkpoint, eos_ids, load_checkpoint
 from raycore.engines.torch.options import TorchEngineOptions, check_options
+from raycore.engines.torch.outcome import StepOutcome
 from raycore.engines.torch.runner import ModelRunner, probe_layers
 from raycore.engines.torch.sampler import Choice, sample
 from raycore.engines.torch.scheduler import Chunk, Scheduler
@@ -70,30 +71,33 @@ class TorchEngine:
     def create(cls, options: TorchEngineOptions) -> TorchEngine:
         """Load model, tokenizer and cache; raises ConfigurationError that names what is wrong."""
         check_options(options)
-        source = find_source(options.model)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        model = load_model(source, options)
-        tokenizer = load_tokenizer_of(source)
+        return cls.of(load_checkpoint(options), options)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, options: TorchEngineOptions) -> TorchEngine:
+        """An engine with a cache of its own on a loaded checkpoint."""
+        check_options(options)
+        model, config = checkpoint.model, checkpoint.model.config.get_text_config()
         layers = probe_layers(model)
-        model_limit = _model_limit(options, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        model_limit = _model_limit(options, getattr(config, "max_position_embeddings", None))
         tokens = choose_kv_tokens(options, layers, dtype=model.dtype, device=model.device, model_limit=model_limit)
-        blocks = tokens // options.block_size
-        cache = KVCache(layers, blocks=blocks + 1, block_size=options.block_size, dtype=model.dtype, device=model.device)
+        size = options.block_size
+        blocks = tokens // size
+        cache = KVCache(layers, blocks=blocks + 1, block_size=size, dtype=model.dtype, device=model.device)
         info = EngineInfo(
             engine="torch",
-            model=options.model,
-            vocab_size=int(model.config.get_text_config().vocab_size),
+            model=checkpoint.name,
+            vocab_size=int(config.vocab_size),
             max_model_len=min(model_limit, tokens),
             kv_tokens=tokens,
             tasks=("generate",),
-            eos_token_ids=eos_ids(model, tokenizer),
+            eos_token_ids=eos_ids(model, checkpoint.tokenizer),
         )
         pool = BlockPool(blocks, caching=options.enable_prefix_caching)
-        scheduler = Scheduler(
-            pool, block_size=options.block_size, max_batch_tokens=options.max_batch_tokens, max_sequences=options.max_sequences
-        )
-        return cls(info, scheduler, ModelRunner(model, cache), tokenizer)
+        scheduler = Scheduler(pool, block_size=size, max_batch_tokens=options.max_batch_tokens, max_sequences=options.max_sequences)
+        return cls(info, scheduler, ModelRunner(model, cache), checkpoint.tokenizer)
 
     @property
     def info(self) -> EngineInfo:
@@ -133,7 +137,7 @@ class TorchEngine:
     def step(self) -> StepOutput:
         """One forward pass over what the scheduler picked, and a token for each sequence whose known tokens are all in."""
         chunks = self._scheduler.schedule()
-        outcome = _Outcome()
+        outcome = StepOutcome()
         if chunks:
             logits = self._runner.forward(chunks)
             self._scheduler.computed(chunks)
@@ -171,7 +175,7 @@ class TorchEngine:
             "kv_cache_stats": self.kv_cache_stats,
         }
 
-    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:  # noqa: FBT001, FBT002 -- the operation's arguments
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """Forget all computed prefixes; False, and nothing is changed, while running requests hold some.
 
         With `reset_running_requests` these are preempted: they compute their tokens again. There is no connector to reset.
@@ -220,31 +224,34 @@ class TorchEngine:
 
     def check_invariants(self) -> None:
         """Assert that requests, sequences and blocks agree."""
-        assert len(self._requests) == len(self._scheduler)
-        assert all(handle in self._scheduler for handle in self._requests)
+        assert len(self._requests) == len(self._scheduler)  # noqa: S101
+        assert all(handle in self._scheduler for handle in self._requests)  # noqa: S101
         self._scheduler.check_invariants()
 
     def _problem(self, request: EngineRequest) -> str | None:
-        prompt, vocabulary = request.prompt_token_ids, self._info.vocab_size
-        if not len(prompt):
-            return "the prompt is empty"
-        if len(prompt) + 1 > self._info.max_model_len:
-            return f"the prompt has {len(prompt)} tokens; at most {self._info.max_model_len - 1} leave room for one of output"
-        for ids, what in ((prompt, "token id"), (request.delivered, "delivered token id")):
-            if len(ids) and int(ids.max()) >= vocabulary:
-                return f"{what} {int(ids.max())} is outside the vocabulary of {vocabulary}"
-        too_high = [token for token in request.sampling.stop_token_ids if token >= vocabulary]
-        if too_high:
-            return f"stop token id {too_high[0]} is outside the vocabulary of {vocabulary}"
-        if request.sampling.stop and self._tokenizer is None:
-            return f"stop strings need a tokenizer, and model {self._info.model!r} has none; use stop_token_ids"
-        if request.sampling.temperature > 0 and request.sampling.seed is None:
-            return "a sampled request needs a seed"
-        if request.handle in self._requests:
-            return f"handle {request.handle} is in use"
-        return None
+        """Why this request can never be served, or None."""
+        prompt, delivered, sampling = request.prompt_token_ids, request.delivered, request.sampling
+        longest = self._info.max_model_len - 1
+        checks = (
+            (not len(prompt), "the prompt is empty"),
+            (len(prompt) > longest, f"the prompt has {len(prompt)} tokens; at most {longest} leave room for one of output"),
+            self._outside(prompt, "token id"),
+            self._outside(delivered, "delivered token id"),
+            self._outside(sampling.stop_token_ids, "stop token id"),
+            (
+                bool(sampling.stop) and self._tokenizer is None,
+                f"stop strings need a tokenizer, and model {self._info.model!r} has none; use stop_token_ids",
+            ),
+            (sampling.temperature > 0 and sampling.seed is None, "a sampled request needs a seed"),
+            (request.handle in self._requests, f"handle {request.handle} is in use"),
+        )
+        return next((text for is_wrong, text in checks if is_wrong), None)
 
-    def _advance(self, chunks: Sequence[Chunk], logits: torch.Tensor, outcome: _Outcome) -> None:
+    def _outside(self, ids: TokenArray | Sequence[int], what: str) -> tuple[bool, str]:
+        highest = int(np.max(ids)) if len(ids) else -1
+        return highest >= self._info.vocab_size, f"{what} {highest} is outside the vocabulary of {self._info.vocab_size}"
+
+    def _advance(self, chunks: Sequence[Chunk], logits: torch.Tensor, outcome: StepOutcome) -> None:
         """Choose and publish a token for each of these sequences, and let go of those that end."""
         rows = [(chunk.sequence, self._requests[chunk.sequence.handle]) for chunk in chunks]
         choices = [Choice(running.sampling, sequence.outputs, running.stops.banned) for sequence, running in rows]
@@ -273,7 +280,7 @@ class TorchEngine:
         reason = stop.reason if stop is not None else None
         return Detail(stop_reason=reason, prompt_tokens_cached=cached) if cached or reason is not None else None
 
-    def _fail(self, sequence: TokenSequence, error: Exception, outcome: _Outcome) -> None:
+    def _fail(self, sequence: TokenSequence, error: Exception, outcome: StepOutcome) -> None:
         """End one sequence with an error; what it computed is not to be trusted, so nothing of it stays in the cache."""
         blocks = list(sequence.blocks)
         self._forget(sequence.handle, discard=True)
@@ -290,33 +297,6 @@ class TorchEngine:
             self._handle_list = handles
             self._handles = np.array(handles, dtype=np.uint32)
         return self._handles
-
-
-class _Outcome:
-    """A step's output while it is put together."""
-
-    def __init__(self) -> None:
-        self.handles: list[int] = []
-        self.details: list[tuple[int, Detail]] = []
-        self._tokens: list[int] = []
-        self._finished: list[int] = []
-        self._reasons = bytearray()
-
-    def token(self, handle: int, token: int) -> None:
-        self.handles.append(handle)
-        self._tokens.append(token)
-
-    def end(self, handle: int, reason: FinishReason, detail: Detail | None) -> None:
-        self._finished.append(handle)
-        self._reasons.append(reason)
-        if detail is not None:
-            self.details.append((handle, detail))
-
-    def columns(self, handles: TokenArray) -> StepOutput:
-        tokens = np.array(self._tokens, dtype=np.uint32)
-        if not self._finished and not self.details:
-            return StepOutput(handles, tokens)
-        return StepOutput(handles, tokens, None, np.array(self._finished, dtype=np.uint32), bytes(self._reasons), self.details)
 
 
 def _model_limit(options: TorchEngineOptions, trained: int | None) -> int:

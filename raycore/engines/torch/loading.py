@@ -26,6 +26,23 @@ class Source:
     gguf: str = ""
 
 
+@dataclass(slots=True, frozen=True)
+class Checkpoint:
+    """A loaded model and its tokenizer; engines of one process may share it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Tokenizer | None
+    """None when the checkpoint has none: token ids still work."""
+
+
+def load_checkpoint(options: TorchEngineOptions) -> Checkpoint:
+    """Find and load what `options.model` names; raises ConfigurationError."""
+    source = find_source(options.model)
+    model = load_model(source, options)
+    return Checkpoint(options.model, model, load_tokenizer_of(source))
+
+
 def find_source(model: str) -> Source:
     """Check that the path holds a checkpoint; raises ConfigurationError that names the path and what was found there."""
     path = Path(model).expanduser()
@@ -76,7 +93,7 @@ def load_model(source: Source, options: TorchEngineOptions) -> PreTrainedModel:
                 local_files_only=True,
                 **extra,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:
         raise ConfigurationError(f"cannot load model {str(source.directory / source.gguf)!r}: {error}") from error
     finally:
         if bars:

@@ -33,6 +33,7 @@ def uniform(seed: int, position: int) -> float:
     return (int(bits) >> 11) * 2.0**-53
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int | None]:
     """A token for each row of logits [S, vocabulary] float32; None where the row has no finite maximum (a NaN, or all banned).
 
@@ -61,10 +62,10 @@ def _is_filtered(params: SamplingParams) -> bool:
 
 
 def _draw_from_all(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
-    """Inverse of the cumulative distribution in vocabulary order.
+    """Inverse of the cumulative distribution in vocabulary order, in float64.
 
-    In that order, and in float64, the last bits of the logits, which differ between batch shapes, move each boundary by as little; in order of
-    probability two near equals could swap whole intervals. One number per token, where Gumbel noise needs one per vocabulary entry.
+    In that order the last bits of the logits, which differ between batch shapes, move each boundary by as little; in order of probability
+    two near equals could swap whole intervals. It takes one number per token, where Gumbel noise needs one per vocabulary entry.
     """
     temperature = torch.tensor([c.params.temperature for c in choices], dtype=torch.float64, device=logits.device)
     shifted = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature[:, None]
@@ -79,7 +80,7 @@ def _draw_filtered(logits: torch.Tensor, choice: Choice) -> int:
     kept = _filter(logits, params, width)
     if kept is None:
         kept = _filter(logits, params, size)
-    assert kept is not None
+    assert kept is not None  # noqa: S101
     ids, weights = kept
     ids, order = ids.sort()
     return int(ids[_invert(weights[order].cumsum(0), choice)])
@@ -105,7 +106,7 @@ def _filter(logits: torch.Tensor, params: SamplingParams, width: int) -> tuple[t
 
 
 def _invert(cumulative: torch.Tensor, choice: Choice) -> int:
-    assert choice.params.seed is not None
+    assert choice.params.seed is not None  # noqa: S101
     target = uniform(choice.params.seed, choice.position) * cumulative[-1]
     # right=True: the first entry above the target, so that an entry of weight 0 is never chosen.
     index = int(torch.searchsorted(cumulative, target, right=True))

@@ -86,7 +86,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        assert sequence.handle not in self._sequences
+        assert sequence.handle not in self._sequences  # noqa: S101
         self._arrivals += 1
         sequence.arrival = self._arrivals
         self._sequences[sequence.handle] = sequence
@@ -140,13 +140,13 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Assert that lists, counters and block tables agree."""
-        assert len(self._sequences) == len(self._running) + len(self._waiting)
-        assert self._running == sorted(self._running, key=lambda s: s.order)
-        assert self._waiting == sorted(self._waiting, key=lambda s: s.order)
-        assert self._waiting_tokens == sum(len(s.tokens) for s in self._waiting)
-        assert not any(s.blocks or s.computed for s in self._waiting)
+        assert len(self._sequences) == len(self._running) + len(self._waiting)  # noqa: S101
+        assert self._running == sorted(self._running, key=lambda s: s.order)  # noqa: S101
+        assert self._waiting == sorted(self._waiting, key=lambda s: s.order)  # noqa: S101
+        assert self._waiting_tokens == sum(len(s.tokens) for s in self._waiting)  # noqa: S101
+        assert not any(s.blocks or s.computed for s in self._waiting)  # noqa: S101
         for sequence in self._running:
-            assert sequence.computed <= len(sequence.blocks) * self._block_size
+            assert sequence.computed <= len(sequence.blocks) * self._block_size  # noqa: S101
         self.pool.check_invariants(s.blocks for s in self._running)
 
     def _publish_blocks(self, sequence: Sequence) -> None:

@@ -21,8 +21,9 @@ class Stop:
 class StopChecker:
     """Watches one request's output tokens; tokens it has been given are published, the one that ends the request included.
 
-    A stop string is looked for in the text, across tokens; it counts where its last character is completed. Until `min_tokens` tokens are out
-    no stop but the lengths counts. The detokeniser exists only for requests with stop strings: text for people is the client's business.
+    A stop string is looked for in the text, across tokens; it counts where its last character is completed. Until `min_tokens`
+    tokens are out, no stop but the lengths counts. The detokeniser exists only for requests with stop strings: text for people is the
+    client's business.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class StopChecker:
         self._count = 0
         self._tail = ""
         self._keep = max((len(s) for s in self._strings), default=1) - 1
-        assert tokenizer is not None or not self._strings
+        assert tokenizer is not None or not self._strings  # noqa: S101
         self._text = IncrementalDetokenizer(tokenizer) if tokenizer is not None and self._strings else None
 
     @property
@@ -65,7 +66,7 @@ class StopChecker:
 
     def _find_string(self, token: int) -> str | None:
         """The stop string that begins first among those that this token completes."""
-        assert self._text is not None
+        assert self._text is not None  # noqa: S101
         old = len(self._tail)
         text = self._tail + self._text.push((token,))
         hits = []
