@@ -65,8 +65,7 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     prefill_tokens_waiting: int = 0
 
 
-@dataclass(slots=True, frozen=True)
-class EngineRequest:
+class EngineRequest(msgspec.Struct, frozen=True):
     """One request as an engine sees it.
 
     `prompt_token_ids`: uint32 array, shape [prompt_len], read-only. `delivered`: tokens that the caller has already (a replay): they count
@@ -77,9 +76,9 @@ class EngineRequest:
     request_id: RequestId
     prompt_token_ids: TokenArray
     sampling: SamplingParams
-    delivered: TokenArray = field(default_factory=lambda: EMPTY)
+    delivered: TokenArray = EMPTY
     priority: int = 0
-    tensors: Mapping[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Any] = {}
 
 
 @dataclass(slots=True)

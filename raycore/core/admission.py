@@ -11,7 +11,7 @@ from raycore.core.calls import error_record
 from raycore.core.intake import Counters
 from raycore.core.requests import RequestTable
 from raycore.core.sessions import Session, SessionTable
-from raycore.engine import Engine, EngineRequest, FinishReason, RequestRefused, StepOutput
+from raycore.engine import EMPTY, Engine, EngineRequest, FinishReason, RequestRefused, StepOutput
 from raycore.errors import ErrorRecord, InvalidRequestError
 from raycore.ids import Handle
 from raycore.messages import Abort, Add, Refused, StepColumns
@@ -44,7 +44,7 @@ class RequestAdmission:
         """Take in a request; `hold`: keep it until `release`."""
         if not self._is_wellformed(session, add):
             return
-        delivered = np.frombuffer(add.delivered, np.uint32)
+        delivered = np.frombuffer(add.delivered, np.uint32) if add.delivered else EMPTY
         handle = self._table.add(session, add.slot, add.request_id, len(delivered))
         request = EngineRequest(
             Handle(handle),

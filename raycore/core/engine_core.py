@@ -66,6 +66,7 @@ class EngineCore:
         self._housekeeping_due_s = 0.0
         self._stop_by_s: float | None = None
         self._is_stopped = False
+        self._takes_requests = membership.has(engine_id)
 
     # -- any thread -------------------------------------------------------------------------------------------------------
 
@@ -106,8 +107,9 @@ class EngineCore:
         if self._can_step():
             self._step()
         self._desk.on_turn()
-        self._housekeeping()
-        self._sessions.flush(self.progress.load)
+        now_s = self._clock()
+        self._housekeeping(now_s)
+        self._sessions.flush(self.progress.load, now_s)
         return self._can_step()
 
     def fail(self, error: BaseException) -> None:
@@ -115,7 +117,7 @@ class EngineCore:
         failed = EngineFailed(error_record(error))
         for session in self._sessions.all():
             self._sessions.post(session, failed)
-        self._sessions.flush(self.progress.load)
+        self._sessions.flush(self.progress.load, self._clock())
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the tables disagree; for tests."""
@@ -156,13 +158,12 @@ class EngineCore:
             self.progress.load = self._engine.load()
 
     def _on_add(self, session: Session, add: Add) -> None:
-        if self._stop_by_s is not None or not self.membership.has(self.id):
-            self._sessions.post(session, NotMember(np.uint32(add.slot).tobytes(), self.membership))
-        else:
+        if self._takes_requests:
             self._admission.add(session, add, hold=self._desk.holds_requests)
+        else:
+            self._sessions.post(session, NotMember(np.uint32(add.slot).tobytes(), self.membership))
 
-    def _housekeeping(self) -> None:
-        now_s = self._clock()
+    def _housekeeping(self, now_s: float) -> None:
         if self._sessions.has_backlog():
             self._sessions.retry_backlogs(now_s)
         if now_s < self._housekeeping_due_s:
@@ -176,6 +177,7 @@ class EngineCore:
         # paused requests will not finish, however long the drain
         self._stop_by_s = self._clock() + (drain_s if self._desk.may_step else 0.0)
         self._housekeeping_due_s = 0.0
+        self._takes_requests = False
         members = tuple(member for member in self.membership.members if member.engine != self.id)
         self.membership = msgspec.structs.replace(self.membership, members=members)
 
@@ -190,6 +192,7 @@ class EngineCore:
         if not membership.supersedes(self.membership):
             return
         self.membership = membership
+        self._takes_requests = self._stop_by_s is None and membership.has(self.id)
         for session in self._sessions.all():
             self._sessions.post(session, MembershipChanged(membership))
 

@@ -103,7 +103,7 @@ class SessionTable:
             self._dirty.append(session)
         session.outbox.append(item)
 
-    def flush(self, load: EngineLoad) -> None:
+    def flush(self, load: EngineLoad, now_s: float) -> None:
         """Send one frame to every session that has items."""
         if not self._dirty:
             return
@@ -115,7 +115,7 @@ class SessionTable:
             session.outbox = []
             frame = EngineFrame(session.next_out, session.ack, load, len(session.handle_of), items)
             session.next_out += 1
-            self._send(session, session.encoder.encode(frame))
+            self._send(session, session.encoder.encode(frame), now_s)
 
     def tell_expired(self, session_id: bytes, reason: str) -> None:
         """Answer a frame of a session that is not known (any more)."""
@@ -158,17 +158,17 @@ class SessionTable:
         """Whether any client is behind."""
         return bool(self._farewells) or any(session.backlog for session in self._sessions.values())
 
-    def _send(self, session: Session, message: Sequence[Buffer]) -> None:
+    def _send(self, session: Session, message: Sequence[Buffer], now_s: float) -> None:
         if not session.backlog:
             result = self._listener.send(session.id, message)
             if result is SendResult.SENT:
                 return
-            self._note(session, result, session.last_heard_s)
+            self._note(session, result, now_s)
         size = _size(message)
         if session.backlog_bytes + size > self._limits.session_backlog_bytes:
             reason = f"its client is behind by more than {self._limits.session_backlog_bytes} bytes"
             expired = EngineFrame(-1, -1, EngineLoad(), 0, [SessionExpired(reason)])
-            self._farewells[session.id] = (session.last_heard_s + session.lease_s, self._stranger_encoder.encode(expired))
+            self._farewells[session.id] = (now_s + session.lease_s, self._stranger_encoder.encode(expired))
             self.end(session, reason)
             return
         session.backlog.append(message)

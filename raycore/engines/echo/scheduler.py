@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import msgspec
 from collections.abc import Callable, Iterable
 from typing import final
 
@@ -182,7 +182,7 @@ class EchoScheduler:
             request = self._running.pop(handle)
             produced = echoed(request.prompt_token_ids, 0, count - len(request.prompt_token_ids))
             # What it has is computed again like a replay's, and published only once.
-            self._put_back(dataclasses.replace(request, delivered=produced))
+            self._put_back(msgspec.structs.replace(request, delivered=produced))
 
     def _take_partial(self) -> EngineRequest:
         partial, self._partial = self._partial, None
