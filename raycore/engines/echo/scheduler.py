@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import msgspec
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import final
+
+import msgspec
 
 from raycore.engine import Detail, EngineLoad, EngineRequest, FinishReason, StepOutput
 from raycore.engines.echo.batch import Joiners, RunningBatch
