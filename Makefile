@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # pip's own wheel of torch for Linux brings CUDA along; set TORCH_INDEX_URL to take another build of it.
 TORCH_INDEX_URL ?=
-
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 ARGS ?=
 

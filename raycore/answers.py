@@ -137,9 +137,5 @@ def _prompt_of(answer: Answer, sampling: SamplingParams, chat: Tokenizer | None)
 
 
 def _first(errors: BaseExceptionGroup[RaycoreError]) -> RaycoreError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    if not isinstance(error, RaycoreError):
-        raise error
-    return error
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

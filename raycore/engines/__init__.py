@@ -34,12 +34,14 @@ def make_engine(
 
 def _options_of_rank(options: Mapping[str, Any], rank: int | None) -> dict[str, Any]:
     own = dict(options)
-    per_rank = own.pop("per_rank", None) or {}
-    if not isinstance(per_rank, Mapping) or not all(isinstance(value, Mapping) for value in per_rank.values()):
-        msg = f"engine_options['per_rank'] maps ranks to options, not {per_rank!r}"
-        raise ConfigurationError(msg)
+    given: object = own.pop("per_rank", None) or {}
+    try:
+        per_rank = msgspec.convert(given, dict[int | str, dict[str, Any]], strict=False)
+    except msgspec.ValidationError as error:
+        msg = f"engine_options['per_rank'] maps ranks to options: {error}"
+        raise ConfigurationError(msg) from error
     if rank is not None:
-        own.update(per_rank.get(str(rank)) or per_rank.get(rank) or {})
+        own.update(per_rank.get(rank) or per_rank.get(str(rank)) or {})
     return own
 
 
