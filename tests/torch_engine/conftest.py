@@ -17,7 +17,8 @@ from raycore.engines.torch.loading import Checkpoint, find_smollm2, load_checkpo
 from raycore.sampling import SamplingParams
 from raycore.tokenizer import Tokenizer
 
-THREADS = 2
+THREADS = 1
+"""One: with two, every small operation waits at a barrier for a core that another process may hold."""
 STEP_LIMIT = 5000
 
 
