@@ -30,9 +30,11 @@ _RECONNECT_S = 0.2
 class RayControlPlane:
     """Implements `raycore.client.control.ControlPlane` for one pool; used on one event loop."""
 
-    def __init__(self, pool: str, timeouts: Timeouts) -> None:
+    def __init__(self, pool: str, timeouts: Timeouts, *, keep_alive: object = None) -> None:
         self._pool = pool
         self._timeouts = timeouts
+        self._keep_alive = keep_alive
+        """Whose collection would end the pool: a client in use prevents that."""
         self._watches: dict[EngineId, asyncio.Task[None]] = {}
 
     def watch(self, engine: EngineId, on_death: Callable[[EngineId, str], None]) -> None:

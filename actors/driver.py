@@ -37,10 +37,15 @@ class PoolDriver:
         self._is_open = False
         self._is_made = False
 
+    def acquire_ray(self) -> None:
+        """Have Ray; not in a helper thread, where it could not handle SIGTERM. Idempotent; part of `open`."""
+        if not self._is_open:
+            ensure_ray(self._config)
+            self._is_open = True
+
     async def open(self) -> PoolAccess:
         """Bring the pool up. PoolExistsError when the name is taken; whatever else fails, also a cancellation, leaves nothing."""
-        await asyncio.to_thread(ensure_ray, self._config)
-        self._is_open = True
+        self.acquire_ray()
         try:
             return await self._start()
         except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import ray
@@ -39,6 +39,19 @@ class CleanupReport(msgspec.Struct, frozen=True, kw_only=True):
     """Processes that did not go in time."""
     socket_directories: int = 0
     shared_memory_files: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        """Lines for a terminal."""
+        for name in self.actors:
+            yield f"killed actor {name}"
+        for group_id in self.placement_groups:
+            yield f"removed placement group {group_id}"
+        for pid in self.lingering_pids:
+            yield f"process {pid} is still there"
+        if self.socket_directories or self.shared_memory_files:
+            yield f"removed {self.socket_directories} socket directories and {self.shared_memory_files} shared-memory files"
+        if not (self.actors or self.placement_groups or self.lingering_pids or self.socket_directories or self.shared_memory_files):
+            yield f"nothing was left of pool {self.pool}"
 
 
 async def end_pool(pool: str, drain_s: float, timeouts: Timeouts) -> None:

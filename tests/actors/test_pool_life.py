@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 import pytest
 
 from actors.control_plane import RayControlPlane, pool_access
 from actors.groups import pool_groups
 from actors.naming import named_actors
+from actors.processes import is_gone
 from raycore.config import Timeouts
 from raycore.errors import PoolExistsError, PoolNotFoundError
 from tests.actors.pools import PoolMaker, ask_controller, ask_engine
@@ -39,7 +39,7 @@ async def test_a_closed_pool_leaves_nothing_and_its_name_is_free(pools: PoolMake
     await pools.close()
     assert named_actors() == []
     assert pool_groups() == []
-    assert not any(os.path.exists(f"/proc/{member.pid}") for member in first.membership.members)
+    assert all(is_gone(member.pid) for member in first.membership.members)
     second = await pools.open("again")
     assert second.membership.members[0].engine.incarnation != first.membership.members[0].engine.incarnation
 

@@ -68,12 +68,12 @@ async def test_wrong_engine_options_are_a_wrong_configuration(pools: PoolMaker) 
 
 
 async def test_an_engine_that_dies_while_loading_is_named(pools: PoolMaker) -> None:
-    with pytest.raises(EngineStartError, match="rank 0 could not start: its process died unexpectedly"):
+    with pytest.raises(EngineStartError, match=r"rank 0 could not start: its process died unexpectedly"):
         await pools.open("dying", engine="tests.actors.engines:dies_while_loading", data_parallel_size=1)
 
 
 async def test_loading_has_a_limit(pools: PoolMaker) -> None:
-    with pytest.raises(EngineStartError, match="rank 0 could not start: .*longer than 1 s"):
+    with pytest.raises(EngineStartError, match=r"rank 0 could not start: .*longer than 1 s"):
         await pools.open("slow", engine="tests.actors.engines:never_ready", data_parallel_size=1, timeouts=Timeouts(engine_start_s=1.0))
 
 
