@@ -28,7 +28,14 @@ class _Watched:
 class HealthWatch:
     """One subscription per engine core; `on_suspect` is called once for each that hangs."""
 
-    def __init__(self, config: HealthConfig, keys: tuple[str, str], on_suspect: Callable[[EngineId, str], None]) -> None:
+    def __init__(
+        self,
+        config: HealthConfig,
+        keys: tuple[str, str],
+        on_suspect: Callable[[EngineId, str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._interval_s = config.beat_interval_s
         self._limits = HealthLimits(hang_after_s=config.hang_after_s, first_beat_s=config.first_beat_s, grace_s=config.grace_s)
         self._keys = keys
@@ -39,7 +46,7 @@ class HealthWatch:
         """Begin to listen."""
         use_tcp = member.endpoints.host != this_host()
         subscriber = BeatSubscriber(member.endpoints, use_tcp=use_tcp, client_public_key=self._keys[0], client_secret_key=self._keys[1])
-        self._engines[member.engine] = _Watched(subscriber, EngineHealth(watched_since_s=time.monotonic()))
+        self._engines[member.engine] = _Watched(subscriber, EngineHealth(watched_since_s=self._clock()))
 
     def forget(self, engine: EngineId) -> None:
         """Stop listening; unknown engines are fine."""
@@ -55,17 +62,21 @@ class HealthWatch:
     def verdict(self, engine: EngineId) -> Verdict:
         """What the beats say now; ALIVE for an engine that is not watched."""
         watched = self._engines.get(engine)
-        return Verdict.ALIVE if watched is None else judge(watched.state, time.monotonic(), self._limits)
+        return Verdict.ALIVE if watched is None else judge(watched.state, self._clock(), self._limits)
 
     async def run(self) -> None:
         """Read and judge, once per beat interval, until cancelled."""
-        last_s = time.monotonic()
+        last_s = self._clock()
         while True:
             await asyncio.sleep(self._interval_s)
-            now_s = time.monotonic()
+            now_s = self._clock()
             stalled_s, last_s = now_s - last_s - self._interval_s, now_s
-            for engine in list(self._engines):
-                self._look(engine, now_s, stalled_s)
+            self.look(now_s, stalled_s)
+
+    def look(self, now_s: float, stalled_s: float) -> None:
+        """Read and judge once; `stalled_s`: how much later than planned this process gets to it."""
+        for engine in list(self._engines):
+            self._look(engine, now_s, stalled_s)
 
     def close(self) -> None:
         """Drop all subscriptions."""
