@@ -98,7 +98,7 @@ def load_model(source: Source, options: TorchEngineOptions) -> PreTrainedModel:
     finally:
         if bars:
             logging.enable_progress_bar()
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType] -- transformers wraps `to` in a decorator that loses its type
 
 
 def load_tokenizer_of(source: Source) -> Tokenizer | None:
