@@ -29,6 +29,8 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; the exit code."""
+    # Loading a GGUF file draws bars through tqdm itself, in every engine, over what we print; a local Ray's processes inherit this.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app(args=list(arguments), prog_name="raycore")  # ends with SystemExit, 130 after Ctrl-C; only our own errors come through
     except SystemExit as end:

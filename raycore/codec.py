@@ -32,28 +32,37 @@ class FrameEncoder:
         return [payload, *buffers]
 
     def encode_part(self, value: Any) -> msgspec.Raw:
-        """Encode a value that a message will hold; its buffers join the next `encode`."""
-        return msgspec.Raw(self._encoder.encode(value))
+        """Encode a value that the next message will hold, whose buffers go with it.
+
+        TypeError for what cannot be sent; nothing of it is kept.
+        """
+        before = len(self._writer.buffers)
+        try:
+            return msgspec.Raw(self._encoder.encode(value))
+        except (TypeError, ValueError, OverflowError, RecursionError, RuntimeError) as error:
+            del self._writer.buffers[before:]
+            msg = f"cannot be sent: {error}"
+            raise TypeError(msg) from error
 
 
 T = TypeVar("T")
 
 
-class FrameDecoder(Generic[T]):  # noqa: UP046 -- Python 3.11 has no type parameter syntax
+class FrameDecoder(Generic[T]):
     """Decodes messages of one type."""
 
-    def __init__(self, kind: type[T], pool: str) -> None:
-        self._reader = TensorReader(pool)
+    def __init__(self, kind: type[T], reader: TensorReader) -> None:
+        self._reader = reader
         self._decoder = msgspec.msgpack.Decoder(kind, ext_hook=self._reader.tensor)
 
     def decode(self, message: Message) -> T:
         """The message. FrameError for anything that is not one."""
-        self._reader.buffers = message[1:]
+        self._reader.begin(message)
         try:
             return self._decoder.decode(message[0])
         except FrameError:
             raise
-        except (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
+        except Exception as error:
             msg = f"a frame does not decode: {error}"
             raise FrameError(msg) from error
 
@@ -63,6 +72,6 @@ class FrameDecoder(Generic[T]):  # noqa: UP046 -- Python 3.11 has no type parame
             return msgspec.msgpack.decode(part, type=kind, ext_hook=self._reader.tensor)
         except FrameError:
             raise
-        except (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
+        except Exception as error:
             msg = f"does not decode: {error}"
             raise FrameError(msg) from error

@@ -86,8 +86,10 @@ class StepOutput:
     """What one step produced, as columns.
 
     `handles` [R] uint32: requests that got tokens; return the same array object while it is unchanged. `tokens` [sum of counts] uint32.
-    `counts` [R] uint32, or None when every row has exactly one token. `finished` [F] uint32 handles that ended in this step (after their tokens of this
-    step) and `reasons` one FinishReason byte each. `details`: sparse (handle, record): stop strings, errors. After `finished` names a handle the engine has
+    `counts` [R] uint32, or None when every row has exactly one token. `finished` [F] uint32 handles that ended in this step (after their
+    tokens of this
+    step) and `reasons` one FinishReason byte each. `details`: sparse (handle, record): stop strings, errors. After `finished` names a
+    handle the engine has
     forgotten it.
     """
 

@@ -21,7 +21,8 @@ PROTOCOL_VERSION = 1
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag=0):
     """Opens a session; always the first item of frame 0.
 
-    `replaces` is the client's ended session with this engine, if any: its requests are aborted at once. `memory_probe` names a file in shared memory.
+    `replaces` is the client's ended session with this engine, if any: its requests are aborted at once. `memory_probe` names a file in
+    shared memory.
     """
 
     version: int
@@ -97,8 +98,10 @@ class Attached(msgspec.Struct, frozen=True, array_like=True, tag=0):
 class StepColumns(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """The session's share of one step.
 
-    `slots`: uint32 column of requests that got tokens; empty while `tokens` is not: the slots of the session's previous step. `counts`: uint32 tokens of
-    each row, empty when each row has one. `finished`: uint32 slots that ended, after their tokens here. `reasons`: one FinishReason byte each. `offsets`: (slot, position) of first outputs
+    `slots`: uint32 column of requests that got tokens; empty while `tokens` is not: the slots of the session's previous step. `counts`:
+    uint32 tokens of
+    each row, empty when each row has one. `finished`: uint32 slots that ended, after their tokens here. `reasons`: one FinishReason byte
+    each. `offsets`: (slot, position) of first outputs
     that do not begin at 0 (replays). `stamp_ns`: the engine host's monotonic clock when the step ended.
     """
 
@@ -165,9 +168,10 @@ class BadFrame(msgspec.Struct, frozen=True, array_like=True, tag=9):
     request_id: RequestId | None = None
 
 
-ToClient = (
-    Attached | StepColumns | CallResult | Refused | NotMember | MembershipChanged | SessionExpired | EngineFailed | AttachRefused | BadFrame
-)
+RareToClient = Attached | CallResult | Refused | NotMember | MembershipChanged | SessionExpired | EngineFailed | AttachRefused | BadFrame
+"""Everything but a step's columns."""
+
+ToClient = StepColumns | RareToClient
 
 
 class EngineFrame(msgspec.Struct, frozen=True, array_like=True):

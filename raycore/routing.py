@@ -15,7 +15,8 @@ _FOREIGN_REQUEST_TOKENS = 128
 class EngineLedger:
     """What one client knows of one engine's work; the session owns it and keeps it exact.
 
-    `tokens`: prompt tokens plus output tokens still expected, of this client's requests there. Raised at dispatch, lowered on outputs, ends and deaths.
+    `tokens`: prompt tokens plus output tokens still expected, of this client's requests there. Raised at dispatch, lowered on outputs,
+    ends and deaths.
     `load` and `load_own` are the engine's last report: its totals, and this client's share of them at that moment.
     """
 

@@ -1,6 +1,7 @@
 """Tensors on the wire: inline, as a buffer of the message, or through a file in shared memory.
 
-A tensor in a message becomes a msgpack extension that holds a `TensorHeader`; torch and numpy arrays of any dtype, shape and layout travel, also empty ones
+A tensor in a message becomes a msgpack extension that holds a `TensorHeader`; torch and numpy arrays of any dtype, shape and layout
+travel, also empty ones
 and bfloat16. torch is imported only when a torch tensor is handed over.
 """
 
@@ -24,7 +25,9 @@ import numpy as np
 from raycore.errors import FrameError
 
 EXTENSION_CODE = 1
-SHARED_MEMORY_DIRECTORY = Path("/dev/shm")  # noqa: S108 -- files there are 0600, O_EXCL, and named by pool and process
+_MAX_DIMENSION = 1 << 40
+SHARED_MEMORY_DIRECTORY = Path("/dev/shm")
+"""Files there are 0600, made with O_EXCL, and named by pool and process."""
 _FILE_NAME = re.compile(r"raycore-([A-Za-z0-9_.-]+)-(\d+)-(\d+)")
 
 
@@ -38,6 +41,35 @@ class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
     buffer: int = -1
     file: str = ""
 
+
+_NUMPY_DTYPE = re.compile(r"[<>|=][biufcmM]\d+(\[\w+\])?|[<>|=][SU]\d+")
+"""Plain dtypes only: numpy evaluates other spellings."""
+_TORCH_DTYPES = frozenset(
+    [
+        "bool",
+        "uint8",
+        "int8",
+        "uint16",
+        "int16",
+        "uint32",
+        "int32",
+        "uint64",
+        "int64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "complex32",
+        "complex64",
+        "complex128",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    ]
+)
+"""Plain dtypes only: a view as a quantised one reads what is not there."""
 
 _header_encoder = msgspec.msgpack.Encoder()
 _header_decoder = msgspec.msgpack.Decoder(TensorHeader)
@@ -72,11 +104,16 @@ class SharedMemoryFiles:
         with contextlib.suppress(OSError):
             (SHARED_MEMORY_DIRECTORY / name).unlink()
 
-    def take_names(self) -> frozenset[str]:
-        """Names written since the last call; the caller discards them when their request ends."""
-        names = frozenset(self._names)
+    def take_names(self) -> tuple[str, ...]:
+        """Names written since the last call; the caller discards them when their request or call ends."""
+        names = tuple(self._names)
         self._names.clear()
         return names
+
+    def discard_all(self) -> None:
+        """Remove every file of which nobody has taken the name."""
+        for name in list(self._names):
+            self.discard(name)
 
 
 _file_numbers = itertools.count()
@@ -147,17 +184,26 @@ def as_bytes(tensor: Any) -> tuple[TensorHeader, memoryview]:
     """A tensor's header (without a place) and its elements in C order as bytes; copies only what is not contiguous on the host."""
     if isinstance(tensor, np.ndarray):
         contiguous = np.ascontiguousarray(tensor)
-        if contiguous.dtype.hasobject:
-            msg = "an array of Python objects cannot be sent"
+        if not _NUMPY_DTYPE.fullmatch(contiguous.dtype.str):
+            msg = f"an array of dtype {contiguous.dtype} cannot be sent"
             raise TypeError(msg)
         return TensorHeader("numpy", contiguous.dtype.str, tensor.shape), memoryview(contiguous.reshape(-1).view(np.uint8))
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensor, torch.Tensor):
-        host = tensor.detach().to("cpu").contiguous()
+        host = _plain(tensor)
         flat = host.reshape(-1).view(torch.uint8).numpy() if host.numel() else np.empty(0, np.uint8)
         return TensorHeader("torch", str(host.dtype).removeprefix("torch."), tuple(host.shape)), memoryview(flat)
     msg = f"cannot send an object of type {type(tensor).__name__}"
     raise TypeError(msg)
+
+
+def _plain(tensor: Any) -> Any:
+    """A torch tensor as contiguous host memory without lazy flags. TypeError for what has no such memory."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _TORCH_DTYPES or tensor.device.type == "meta" or str(tensor.layout) != "torch.strided":
+        msg = f"a tensor of dtype {name}, layout {tensor.layout} on {tensor.device} cannot be sent"
+        raise TypeError(msg)
+    return tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
 
 
 class TensorWriter:
@@ -191,8 +237,18 @@ class TensorReader:
     """Turns extensions back into tensors while one message is decoded; views, not copies, of the message's buffers."""
 
     def __init__(self, pool: str) -> None:
-        self.buffers: Sequence[Any] = ()
+        self._buffers: Sequence[Any] = ()
+        self._message: Sequence[Any] | None = None
+        self._mapped: dict[str, mmap.mmap] = {}
         self._pool = pool
+
+    def begin(self, message: Sequence[Any]) -> None:
+        """What is decoded next belongs to this message; the files that it names are taken once, however often it is decoded."""
+        if message is not self._message:
+            self._message = message
+            self._buffers = message[1:]
+            if self._mapped:
+                self._mapped = {}
 
     def tensor(self, code: int, data: memoryview) -> Any:
         """The decoder's hook for extensions. FrameError when the header does not fit its bytes."""
@@ -201,20 +257,26 @@ class TensorReader:
             raise FrameError(msg)
         header = _header_decoder.decode(data)
         dtype = _known_dtype(header)
-        count = math.prod(header.shape)
-        if any(n < 0 for n in header.shape):
-            msg = f"negative tensor shape {header.shape}"
+        if any(not 0 <= n <= _MAX_DIMENSION for n in header.shape):
+            msg = f"impossible tensor shape {header.shape}"
             raise FrameError(msg)
+        count = math.prod(header.shape)
         source = self._bytes_of(header, count * dtype.itemsize)
         return _torch_view(source, header, dtype, count) if header.library == "torch" else _numpy_view(source, header, dtype, count)
 
     def _bytes_of(self, header: TensorHeader, size: int) -> Any:
         if header.file:
-            return map_file(header.file, self._pool, size)
+            mapped = self._mapped.get(header.file)
+            if mapped is None:
+                mapped = self._mapped[header.file] = map_file(header.file, self._pool, size)
+            if len(mapped) != size:
+                msg = f"a tensor of {size} bytes came with a file of {len(mapped)}"
+                raise FrameError(msg)
+            return mapped
         if header.inline is not None:
             source = header.inline
-        elif 0 <= header.buffer < len(self.buffers):
-            source = self.buffers[header.buffer]
+        elif 0 <= header.buffer < len(self._buffers):
+            source = self._buffers[header.buffer]
         else:
             msg = f"tensor buffer {header.buffer} is not in the message"
             raise FrameError(msg)
@@ -226,19 +288,16 @@ class TensorReader:
 
 def _known_dtype(header: TensorHeader) -> Any:
     if header.library == "numpy":
-        try:
-            dtype = np.dtype(header.dtype)
-        except TypeError as error:
+        if not _NUMPY_DTYPE.fullmatch(header.dtype):
             msg = f"unknown dtype {header.dtype!r}"
-            raise FrameError(msg) from error
-        if dtype.hasobject or dtype.itemsize == 0:
-            msg = f"dtype {header.dtype!r} cannot be received"
             raise FrameError(msg)
-        return dtype
-    import torch  # noqa: PLC0415 -- only a process that is sent a torch tensor pays for torch
+        return np.dtype(header.dtype)
+    dtype = None
+    if header.library == "torch" and header.dtype in _TORCH_DTYPES:
+        import torch  # only a process that is sent a torch tensor pays for torch
 
-    dtype = getattr(torch, header.dtype, None) if header.library == "torch" else None
-    if not isinstance(dtype, torch.dtype):
+        dtype = getattr(torch, header.dtype, None)
+    if dtype is None:
         msg = f"unknown dtype {header.library}.{header.dtype}"
         raise FrameError(msg)
     return dtype
@@ -251,7 +310,7 @@ def _numpy_view(source: Any, header: TensorHeader, dtype: Any, count: int) -> An
 
 
 def _torch_view(source: Any, header: TensorHeader, dtype: Any, count: int) -> Any:
-    import torch  # noqa: PLC0415
+    import torch
 
     if count == 0:
         return torch.empty(header.shape, dtype=dtype)

@@ -14,7 +14,7 @@ from raycore.client.text import TextBuilder
 from raycore.engine import EngineInfo
 from raycore.errors import InvalidRequestError
 from raycore.ids import Rank, RequestId
-from raycore.sampling import SamplingParams, validate_sampling
+from raycore.sampling import MAX_TOKENS, SamplingParams, validate_sampling
 from raycore.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -46,12 +46,15 @@ class Door:
         if request_id is None:
             self._count += 1
             request_id = f"{self._prefix}-{self._count}"
-        elif not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID_LENGTH:
+        elif not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID_LENGTH or not _is_utf8(request_id):
             msg = f"a request id is a string of 1 to {MAX_REQUEST_ID_LENGTH} characters"
             raise InvalidRequestError(msg)
         try:
             params = self._checked(sampling)
             column = self._tokens(prompt)
+            if not -MAX_TOKENS <= priority <= MAX_TOKENS:
+                msg = f"priority must be an int32, not {priority!r}"
+                raise InvalidRequestError(msg)
             self._check_fit(column, params)
         except InvalidRequestError as error:
             error.request_id = request_id
@@ -81,15 +84,19 @@ class Door:
             if self._tokenizer is None:
                 msg = "this client has no tokenizer for the pool's model; give the prompt as token ids"
                 raise InvalidRequestError(msg)
+            if not _is_utf8(prompt):
+                msg = "the prompt is not valid Unicode text: it has lone surrogates"
+                raise InvalidRequestError(msg)
             prompt = self._tokenizer.encode(prompt)
-        if not len(prompt):
-            msg = "the prompt is empty"
-            raise InvalidRequestError(msg)
         try:
-            column = array("I", prompt)
-        except (TypeError, OverflowError) as error:
+            # array() would read bytes as raw memory; a list of them as numbers is what its caller means, if anything
+            column = array("I", list(prompt) if isinstance(prompt, (bytes, bytearray, memoryview)) else prompt)
+        except (TypeError, OverflowError, ValueError) as error:
             msg = f"a prompt is text or a sequence of token ids from 0 to {self._info.vocab_size - 1}: {error}"
             raise InvalidRequestError(msg) from error
+        if not column:
+            msg = "the prompt is empty"
+            raise InvalidRequestError(msg)
         largest = max(column)
         if largest >= self._info.vocab_size:
             msg = f"token id {largest} is out of range; the vocabulary has {self._info.vocab_size} tokens"
@@ -103,3 +110,13 @@ class Door:
         if params.stop and self._tokenizer is None:
             msg = "stop strings need a tokenizer, and this pool's model has none here; use stop_token_ids"
             raise InvalidRequestError(msg)
+
+
+def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -30,6 +30,10 @@ class LoopTurner(Protocol):
         """The result of a coroutine on the loop. An interrupt cancels it and is raised."""
         ...
 
+    def is_here(self) -> bool:
+        """Whether the calling code runs on the loop, so that waiting for it would never end."""
+        ...
+
     def close(self) -> None:
         """The loop ends. Idempotent."""
         ...
@@ -38,7 +42,7 @@ class LoopTurner(Protocol):
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """uvloop where it is installed: a wake-up costs half as much there."""
     try:
-        import uvloop  # noqa: PLC0415 -- optional, and not on Windows
+        import uvloop
     except ImportError:
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
@@ -64,6 +68,10 @@ class ThreadTurner:
         except BaseException:
             future.cancel()
             raise
+
+    def is_here(self) -> bool:
+        """Whether this is the loop's thread."""
+        return threading.current_thread() is self._thread
 
     def close(self) -> None:
         """Stop the loop and join its thread."""
@@ -132,6 +140,18 @@ async def _next(stream: RequestStream) -> RequestOutput:
         raise _StreamEndError from None
 
 
+class _BlockingCalls:
+    """Carries out operations for `BlockingOperations`."""
+
+    def __init__(self, client: EngineCoreClient, turner: LoopTurner) -> None:
+        self._client = client
+        self._turner = turner
+
+    def call_operation(self, method: str, rank: int | None, timeout_s: float | None, arguments: dict[str, Any]) -> Any:
+        """Call with the operation's own fan-out, and wait."""
+        return self._turner.run(self._client.call_operation(method, rank, timeout_s, arguments))
+
+
 class BlockingClient:
     """The client for code without an event loop; same names, same errors, thread-safe where the loop has a thread."""
 
@@ -149,8 +169,8 @@ class BlockingClient:
         except BaseException:
             self._turner.close()
             raise
-        self.operations = BlockingOperations(self)
-        # nothing here may refer to self, or the collector would never find it
+        # neither of these refers to self: the client is freed when its last user lets go of it, not when the collector finds a cycle
+        self.operations = BlockingOperations(_BlockingCalls(self._client, self._turner))
         self._finalizer = weakref.finalize(self, _close, self._client, self._turner, on_close)
 
     def __enter__(self) -> BlockingClient:
@@ -239,10 +259,6 @@ class BlockingClient:
         """Call an operation on every rank; their one result, or DisagreementError."""
         return self._run(lambda client: client.call_agree(method, timeout_s=timeout_s, **arguments))
 
-    def call_operation(self, method: str, rank: int | None, timeout_s: float | None, arguments: dict[str, Any]) -> Any:
-        """Call with the operation's own fan-out."""
-        return self._run(lambda client: client.call_operation(method, rank, timeout_s, arguments))
-
     def _run(self, work: Callable[[EngineCoreClient], Coroutine[Any, Any, T]]) -> T:
         return self._turner.run(work(self._client))
 
@@ -253,6 +269,9 @@ async def _made(make: Callable[[], Awaitable[EngineCoreClient]]) -> EngineCoreCl
 
 def _close(client: EngineCoreClient, turner: LoopTurner, on_close: Callable[[], None] | None) -> None:
     """Close the client on its loop, then the loop, then what lies below."""
+    if turner.is_here():  # the collector ran on the loop's own thread, which must not wait for itself
+        threading.Thread(target=_close, args=(client, turner, on_close), name="raycore-client-close").start()
+        return
     try:
         turner.run(client.aclose())
     except ClientClosedError:

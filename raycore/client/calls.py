@@ -1,4 +1,6 @@
-"""Pending utility calls: each ends by its reply, its deadline, a cancel, the death of its engine or the end of the client, and by nothing else."""
+"""Pending utility calls: each ends by its reply, its deadline, a cancel, the death of its engine or the end of the client, and by nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,11 @@ class CallTable:
     def take(self, call_id: CallId) -> PendingCall | None:
         """Remove a call whose reply came; None for one that is not waited for any more, which is counted."""
         call = self._pending.pop(call_id, None)
-        if call is None or call.future.done():
+        if call is None:
+            self.late_replies += 1
+            return None
+        call.session.end_call(call_id)
+        if call.future.done():
             self.late_replies += 1
             return None
         return call

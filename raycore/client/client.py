@@ -52,7 +52,7 @@ class EngineCoreClient:
         self.tokenizer = tokenizer
         self.operations = AsyncOperations(self)
         """Every declared operation as a coroutine method: `await client.operations.pause_scheduler(mode="wait")`."""
-        self._timeouts = timeouts or Timeouts()
+        self._timeouts = timeouts or access.timeouts
         self._control = control
         self._in_process = in_process
         self._fleet = EngineFleet(
@@ -61,8 +61,8 @@ class EngineCoreClient:
             links,
             client=self.name,
             timeouts=self._timeouts,
-            limits=limits or Limits(),
-            health=health or HealthConfig(),
+            limits=limits or access.limits,
+            health=health or access.health,
         )
         replays_deaths = access.on_engine_death == "replay"
         self._requests = RequestDesk(self._fleet, router or LeastWork(), tokenizer, client=self.name, replays_deaths=replays_deaths)
@@ -87,7 +87,10 @@ class EngineCoreClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Leave the pool: running requests are aborted, what waits fails with ClientClosedError, nothing of this client is left. Idempotent."""
+        """Leave the pool: running requests are aborted, what waits fails with ClientClosedError, nothing of this client is left.
+
+        Idempotent.
+        """
         if self._is_closed:
             return
         self._is_closed = True
@@ -97,7 +100,9 @@ class EngineCoreClient:
         await self._fleet.close()
 
     async def shutdown(self, timeout_s: float | None = None) -> None:
-        """End the pool: let this client's requests finish for `timeout_s` seconds (default `Timeouts.drain_s`; 0 aborts), then take it down."""
+        """End the pool: let this client's requests finish for `timeout_s` seconds (default `Timeouts.drain_s`; 0 aborts), then take it
+        down.
+        """
         self._check_open()
         drain_s = self._timeouts.drain_s if timeout_s is None else timeout_s
         until_s = self._loop.time() + drain_s

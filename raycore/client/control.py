@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from raycore.config import HealthConfig, Limits, Timeouts
 from raycore.ids import EngineId
 from raycore.membership import Membership
 
@@ -20,6 +21,9 @@ class PoolAccess(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     engine: str = ""
     on_engine_death: str = "fail"
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    health: HealthConfig = HealthConfig()
 
     def __repr__(self) -> str:
         return f"PoolAccess(pool={self.membership.pool!r}, epoch={self.membership.epoch})"

@@ -133,6 +133,9 @@ class EngineFleet:
         if session.engine in self._suspects:
             msg = f"rank {rank} is suspect: {self._suspects[session.engine][1]}"
             raise UnknownRankError(msg)
+        if session.is_attached and not session.ledger.is_usable:
+            msg = f"rank {rank} is leaving and takes nothing new"
+            raise UnknownRankError(msg)
         return session
 
     def no_engine(self) -> NoEngineError:

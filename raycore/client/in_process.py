@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from types import FrameType
 from typing import Any, TypeVar
+
+import msgspec
 
 from raycore.client.blocking import BlockingClient
 from raycore.client.client import EngineCoreClient
@@ -14,7 +21,7 @@ from raycore.config import PoolConfig, parse_config
 from raycore.core.engine_core import EngineCore
 from raycore.engine import Engine
 from raycore.engines import make_engine
-from raycore.errors import ConfigurationError
+from raycore.errors import ClientClosedError, ConfigurationError
 from raycore.ids import EngineId, Epoch, Incarnation, Rank, Term
 from raycore.membership import Endpoints, Member, Membership
 from raycore.tokenizer import Tokenizer, load_tokenizer
@@ -35,26 +42,27 @@ class CallerTurner:
         listener.on_wake = self._has_work.set
         self._pump: asyncio.Task[None] | None = None
         self._is_closed = False
+        self._has_failed = False
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Turn loop and engine until the coroutine is done."""
+        """Turn loop and engine until the coroutine is done. Ctrl-C waits for the end of a step, so that no step is half taken in."""
         if self._is_closed:
             work.close()
             msg = "the client is closed"
-            raise ConfigurationError(msg)
+            raise ClientClosedError(msg)
         task = self._loop.create_task(work)
-        if self._pump is None:
+        if self._pump is None or self._pump.done():
             self._pump = self._loop.create_task(self._turn_engine(), name="raycore-in-process-engine")
-        try:
-            self._loop.run_until_complete(asyncio.wait({task, self._pump}, return_when=asyncio.FIRST_COMPLETED))
-        except BaseException:
-            task.cancel()
-            self._loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
-            raise
-        if not task.done():  # the engine failed: its last frame is on its way to the client, which fails what waits
-            self._pump = None
+        with _interrupts_cancel(task) as was_interrupted:
+            # the engine's failure ends the pump; its last frame is on its way to the client, which then fails what waits
             self._loop.run_until_complete(asyncio.wait({task}))
+        if was_interrupted.is_set():
+            raise KeyboardInterrupt
         return task.result()
+
+    def is_here(self) -> bool:
+        """Whether the loop is turning right now, below the calling code."""
+        return self._loop.is_running()
 
     def close(self) -> None:
         """End the loop."""
@@ -67,17 +75,40 @@ class CallerTurner:
         self._loop.close()
 
     async def _turn_engine(self) -> None:
-        while True:
+        while not self._has_failed:
             self._has_work.clear()
             try:
                 has_more = self._core.turn(may_wait=False)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 -- whatever it is, the client is told, as over a socket
+                self._has_failed = True
                 self._core.fail(error)
-                raise
+                return
             if has_more:
                 await asyncio.sleep(0)
             else:
                 await self._has_work.wait()
+
+
+@contextlib.contextmanager
+def _interrupts_cancel(task: asyncio.Task[Any]) -> Iterator[threading.Event]:
+    """Ctrl-C cancels `task` between two callbacks instead of raising wherever the interpreter is.
+
+    Only in the main thread; elsewhere there is none.
+    """
+    was_interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield was_interrupted
+        return
+
+    def on_interrupt(_number: int, _frame: FrameType | None) -> None:
+        was_interrupted.set()
+        task.get_loop().call_soon_threadsafe(task.cancel)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield was_interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class NoControlPlane:
@@ -104,7 +135,10 @@ class NoControlPlane:
 
 
 def in_process_client(*, engine_instance: Engine | None = None, tokenizer: Tokenizer | None = None, **values: Any) -> BlockingClient:
-    """A blocking client and its engine in this thread. `values` are `PoolConfig` fields; an `engine_instance` may be handed in instead of a name."""
+    """A blocking client and its engine in this thread.
+
+    `values` are `PoolConfig` fields; an `engine_instance` may be handed in instead of a name.
+    """
     config = parse_config({"pool": "in-process", **values})
     if config.data_parallel_size != 1:
         msg = f"in process there is one engine, not data_parallel_size={config.data_parallel_size}"
@@ -118,6 +152,8 @@ def in_process_client(*, engine_instance: Engine | None = None, tokenizer: Token
 
 def _client_of(config: PoolConfig, engine: Engine, tokenizer: Tokenizer | None) -> BlockingClient:
     listener = MemoryListener()
+    # the loop turns only while a call waits, so a thoughtful caller must not lose its session
+    limits = msgspec.structs.replace(config.limits, lease_s=math.inf)
     member = Member(_ENGINE, Endpoints("in-process", "", ""), engine.info, 0)
     membership = Membership(config.pool, Epoch(1), Term(1), (member,))
     core = EngineCore(
@@ -125,7 +161,7 @@ def _client_of(config: PoolConfig, engine: Engine, tokenizer: Tokenizer | None) 
         engine,
         listener,
         membership,
-        limits=config.limits,
+        limits=limits,
         timeouts=config.timeouts,
         step_budget_s=config.health.step_budget_s,
     )
@@ -136,7 +172,7 @@ def _client_of(config: PoolConfig, engine: Engine, tokenizer: Tokenizer | None) 
             NoControlPlane(),
             MemoryLinks(listener),
             timeouts=config.timeouts,
-            limits=config.limits,
+            limits=limits,
             tokenizer=tokenizer,
             in_process=True,
         )

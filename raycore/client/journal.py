@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 class RequestOutput(msgspec.Struct, frozen=True):
     """What is new of one request since its last output.
 
-    `token_ids`: new tokens, in order, each position once. `text`: their text where the prompt was text (a stop string and what follows it is left out).
-    `finish_reason`: None while it runs; then "stop", "length", "abort". `replayed`: some of it was computed again after an engine or session was lost.
+    `token_ids`: new tokens, in order, each position once. `text`: their text where the prompt was text (a stop string and what follows it
+    is left out).
+    `finish_reason`: None while it runs; then "stop", "length", "abort". `replayed`: some of it was computed again after an engine or
+    session was lost.
     """
 
     request_id: RequestId
@@ -140,7 +142,7 @@ class RequestRecord:
         stop_reason = detail.stop_reason if detail is not None else None
         text = ""
         if self.text is not None:
-            text = self.text.push(new, is_last=self.is_finished)
+            text = self.text.push(new, is_last=self.is_finished, stop_reason=stop_reason)
         return RequestOutput(
             self.request_id,
             new,

@@ -61,7 +61,7 @@ class BlockingOperations(AsyncOperations):
 
 def _method(operation: Operation) -> Callable[..., Any]:
     def call(self: AsyncOperations, *, rank: int | None = None, timeout_s: float | None = None, **arguments: Any) -> Any:
-        return self._caller.call_operation(operation.name, rank, timeout_s, arguments)  # noqa: SLF001 -- becomes a method of this class
+        return self._caller.call_operation(operation.name, rank, timeout_s, arguments)
 
     fields = msgspec.structs.fields(operation.arguments)
     keyword = inspect.Parameter.KEYWORD_ONLY

@@ -64,7 +64,10 @@ class RequestDesk:
         *,
         is_mailed: bool = False,
     ) -> RequestRecord:
-        """Check a request, choose its engine and send it; `is_mailed`: its outputs come through `outputs`. Raises before anything is sent."""
+        """Check a request, choose its engine and send it; `is_mailed`: its outputs come through `outputs`.
+
+        Raises before anything is sent.
+        """
         if request_id is not None and request_id in self._records:
             msg = f"request {request_id!r} is in flight"
             raise DuplicateRequestError(msg, request_id=request_id)
@@ -77,8 +80,12 @@ class RequestDesk:
         session = self._choose(record)
         if is_mailed:
             record.mailbox = self._on_mail
+        try:
+            session.submit(record)
+        except TypeError as error:
+            msg = f"a tensor of request {record.request_id!r} {error}"
+            raise InvalidRequestError(msg, request_id=record.request_id) from error
         self._records[record.request_id] = record
-        session.submit(record)
         return record
 
     def abort(self, record: RequestRecord) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from array import array
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, assert_never
 
 import msgspec
 
@@ -34,6 +34,7 @@ from raycore.messages import (
     EngineFrame,
     MembershipChanged,
     NotMember,
+    RareToClient,
     Refused,
     Renew,
     SessionExpired,
@@ -41,11 +42,13 @@ from raycore.messages import (
     ToEngine,
 )
 from raycore.routing import EngineLedger
-from raycore.tensors import SharedMemoryFiles
+from raycore.tensors import SharedMemoryFiles, TensorReader
 from raycore.transport.channel import ClientChannel, Message
 
 _FIRST_SLOTS = 512
 _QUICK_LOSS_S = 1.0
+_OUTSIDE_THE_ORDER = -1
+"""The number of frames that an engine sends to somebody with whom it has no session."""
 
 
 class SessionOwner(Protocol):
@@ -119,7 +122,9 @@ class EngineSession:
         self.is_closed = False
         self.records: list[RequestRecord | None] = []
         self.sent_at_s = 0.0
-        self.decoder = FrameDecoder(EngineFrame, pool)
+        self.stamp_ns = 0
+        """The engine host's monotonic clock at the end of the last step that was taken in."""
+        self.decoder = FrameDecoder(EngineFrame, TensorReader(pool))
         self._channel = make_channel(member, self.id)
         self._owner = owner
         self._sink = sink
@@ -133,7 +138,7 @@ class EngineSession:
         self._sinks: list[Callable[[int], None]] = []
         self._free: list[int] = []
         self._outbox: list[ToEngine] = []
-        self._with_tensors: list[RequestRecord] = []
+        self._call_files: dict[int, tuple[str, ...]] = {}
         self._is_flush_due = False
         self._next_out = 0
         self._next_in = 0
@@ -157,15 +162,24 @@ class EngineSession:
         self._is_open = True
         self._channel.open(self._on_messages)
         if self._files is not None:
-            self._probe = self._files.write(memoryview(b"\0"))
-            self._files.take_names()
+            self._probe = self._write_probe(self._files)
         incarnation, lease_s = self.engine.incarnation, self._limits.lease_s
         attach = Attach(PROTOCOL_VERSION, self._pool, incarnation, self._client, lease_s, self._replaces, self._probe, self._pid)
         self._outbox.insert(0, attach)
         self._schedule_flush()
 
+    @staticmethod
+    def _write_probe(files: SharedMemoryFiles) -> str:
+        try:
+            name = files.write(memoryview(b"\0"))
+        except OSError:
+            return ""  # no shared memory here: tensors go as frames
+        files.take_names()
+        return name
+
     def submit(self, record: RequestRecord) -> None:
-        """Send a request to this engine, with the tokens that its caller has already."""
+        """Send a request to this engine, with the tokens that its caller has already. TypeError for tensors that cannot be sent."""
+        tensors: Any = self._encode_tensors(record) if record.tensors else None
         if not self._free:
             self._grow()
         slot = self._free.pop()
@@ -176,21 +190,39 @@ class EngineSession:
         delivered = array("I", record.tokens).tobytes() if record.tokens else b""
         record.cost = record.prompt_tokens + record.sampling.max_tokens
         self.ledger.dispatch(record.cost - len(record.tokens))
-        tensors = record.tensors
-        if tensors:
-            self._with_tensors.append(record)
         self._post(Add(slot, record.request_id, record.prompt, record.sampling, delivered, record.priority, tensors))  # type: ignore[arg-type]
 
     def abort(self, records: Iterable[RequestRecord]) -> None:
         """Ask the engine to end these; their terminal records follow."""
         self._post(Abort(array("I", [record.slot for record in records]).tobytes()))
 
+    def _encode_tensors(self, record: RequestRecord) -> msgspec.Raw:
+        self._discard_files(record)
+        try:
+            encoded = self._encoder.encode_part(record.tensors)
+        finally:
+            record.files = () if self._files is None else self._files.take_names()
+        return encoded
+
     def call(self, call_id: CallId, method: str, arguments: msgspec.Struct) -> None:
         """Send a utility call. TypeError for arguments that cannot be sent."""
-        self._post(Call(call_id, method, self._encoder.encode_part(arguments)))
+        try:
+            encoded = self._encoder.encode_part(arguments)
+        finally:
+            names = () if self._files is None else self._files.take_names()
+            if names:
+                self._call_files[call_id] = names
+        self._post(Call(call_id, method, encoded))
+
+    def end_call(self, call_id: CallId) -> None:
+        """The call is over: its files are not needed any more."""
+        if self._call_files and self._files is not None:
+            for name in self._call_files.pop(call_id, ()):
+                self._files.discard(name)
 
     def cancel_call(self, call_id: CallId) -> None:
         """Tell the engine that nobody waits for this call any more."""
+        self.end_call(call_id)
         if not self.is_closed:
             self._post(CancelCall(call_id))
 
@@ -214,6 +246,8 @@ class EngineSession:
             self._channel.close()
         if self._files is not None and self._probe:
             self._files.discard(self._probe)
+        for call_id in list(self._call_files):
+            self.end_call(CallId(call_id))
 
     def release_records(self) -> list[RequestRecord]:
         """Every request that has no terminal record yet; the session keeps none of them."""
@@ -246,16 +280,8 @@ class EngineSession:
         frame = ClientFrame(self._next_out, items)
         self._next_out += 1
         message = self._encoder.encode(frame)
-        if self._with_tensors:
-            self._note_files()
         self.sent_at_s = self._loop.time()
         self._channel.send(message)
-
-    def _note_files(self) -> None:
-        records, self._with_tensors = self._with_tensors, []
-        names = tuple(self._files.take_names()) if self._files is not None else ()
-        for record in records:
-            record.files = names
 
     def _discard_files(self, record: RequestRecord) -> None:
         if record.files and self._files is not None:
@@ -288,10 +314,11 @@ class EngineSession:
             except FrameError as error:
                 self._owner.on_lost(self, str(error))
                 return
-            if frame.seq != self._next_in and frame.seq != -1:
+            if frame.seq not in (self._next_in, _OUTSIDE_THE_ORDER):
                 self._owner.on_lost(self, f"frame {frame.seq} came where {self._next_in} was due")
                 return
-            self._next_in = frame.seq + 1 if frame.seq >= 0 else self._next_in
+            if frame.seq != _OUTSIDE_THE_ORDER:
+                self._next_in = frame.seq + 1
             self._take_frame(frame, news)
         records = self.records
         for slot in news:
@@ -307,8 +334,11 @@ class EngineSession:
                 self._take_columns(item, news)
             else:
                 self._take_rare(item)
+                if self.is_closed:
+                    return  # the item ended the session; what follows it is stale
 
     def _take_columns(self, columns: StepColumns, news: set[int]) -> None:
+        self.stamp_ns = columns.stamp_ns
         if columns.offsets or columns.details:
             self._take_details(columns)
         if columns.tokens:
@@ -364,7 +394,7 @@ class EngineSession:
             if record is not None and offset != len(record.tokens):
                 self._owner.on_lost(self, f"output of {record.request_id} begins at {offset}, {len(record.tokens)} was due")
 
-    def _take_rare(self, item: Any) -> None:
+    def _take_rare(self, item: RareToClient) -> None:  # noqa: C901 -- one case per message
         match item:
             case CallResult():
                 self._sink.on_call_result(self, item)
@@ -375,9 +405,7 @@ class EngineSession:
                 if record is not None:
                     self._sink.on_refused(record, item.error)
             case NotMember():
-                freed = [self._free_slot(Slot(slot)) for slot in memoryview(item.slots).cast("I").tolist()]
-                self._owner.on_membership(item.membership)
-                self._sink.on_not_member(self, [record for record in freed if record is not None])
+                self._take_not_member(item)
             case MembershipChanged():
                 self._owner.on_membership(item.membership)
             case SessionExpired():
@@ -389,10 +417,15 @@ class EngineSession:
             case BadFrame():
                 self._owner.on_lost(self, item.error.message)
             case _:
-                raise AssertionError(item)
+                assert_never(item)
+
+    def _take_not_member(self, item: NotMember) -> None:
+        freed = [self._free_slot(Slot(slot)) for slot in memoryview(item.slots).cast("I").tolist()]
+        self._owner.on_membership(item.membership)
+        self._sink.on_not_member(self, [record for record in freed if record is not None])
 
     def _take_attached(self, attached: Attached) -> None:
-        if self._files is not None and attached.can_share_memory:
+        if self._files is not None and attached.can_share_memory and self._probe:
             self._encoder.share_memory(self._files)
         self.is_attached = True
         self.ledger.is_usable = True

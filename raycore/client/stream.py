@@ -34,6 +34,12 @@ class RequestStream:
         """The rank that serves it now, or did last."""
         return self._record.served_rank
 
+    @property
+    def engine_stamp_ns(self) -> int:
+        """When the engine ended the step of the newest tokens, on its host's monotonic clock; for latency measurements on one host."""
+        session = self._record.session
+        return self._record.stamp_ns if session is None else session.stamp_ns
+
     def __aiter__(self) -> RequestStream:
         return self
 
@@ -45,7 +51,9 @@ class RequestStream:
         while record.cursor >= len(record.tokens) and record.finish_reason is None and record.error is None:
             record.waiter = self._loop.create_future()
             await record.waiter
-        if record.error is not None and record.cursor >= len(record.tokens):
+        if record.error is not None:
+            if record.cursor < len(record.tokens):
+                return record.take()  # what was delivered first, then the error
             self._is_over = True
             raise record.error
         if record.finish_reason is not None:

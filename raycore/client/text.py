@@ -15,28 +15,30 @@ class TextBuilder:
         self._stop = tuple(stop)
         self._silent = frozenset(stop_token_ids) | frozenset(tokenizer.eos_token_ids)
         self._held = ""
-        self._is_over = False
 
-    def push(self, token_ids: Sequence[int], *, is_last: bool) -> str:
-        """The text that became certain with these tokens."""
-        if self._is_over:
-            return ""
+    def push(self, token_ids: Sequence[int], *, is_last: bool, stop_reason: int | str | None = None) -> str:
+        """The text that became certain with these tokens.
+
+        The engine decides what stops a request (a stop string before `min_tokens` does not), so text is cut only at the string that the
+        engine
+        named, where the last token completed it.
+        """
         spoken = [token for token in token_ids if token not in self._silent]
-        text = self._held + self._detokenizer.push(spoken)
-        if is_last:
-            text += self._detokenizer.flush()
-        cut = min((at for at in (text.find(stop) for stop in self._stop) if at >= 0), default=-1)
-        if cut >= 0:
-            self._is_over = True
-            self._held = ""
-            return text[:cut]
-        keep = 0 if is_last else self._longest_beginning(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        if not (is_last and isinstance(stop_reason, str) and spoken):
+            text = self._held + self._detokenizer.push(spoken)
+            if is_last:
+                text += self._detokenizer.flush()
+            keep = 0 if is_last else self._longest_beginning(text)
+            self._held = text[len(text) - keep :]
+            return text[: len(text) - keep]
+        before = self._held + self._detokenizer.push(spoken[:-1])
+        text = before + self._detokenizer.push(spoken[-1:]) + self._detokenizer.flush()
+        cut = text.find(stop_reason, max(0, len(before) - len(stop_reason) + 1))
+        return text if cut < 0 else text[:cut]
 
     def _longest_beginning(self, text: str) -> int:
         """Length of the longest end of `text` that is a beginning of a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        longest = max((len(stop) for stop in self._stop), default=0)
         for size in range(min(longest, len(text)), 0, -1):
             end = text[-size:]
             if any(stop.startswith(end) for stop in self._stop):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import msgspec
@@ -12,7 +13,15 @@ from raycore.client.fleet import EngineFleet
 from raycore.client.operations import arguments_of
 from raycore.client.session import EngineSession
 from raycore.config import Timeouts
-from raycore.errors import DisagreementError, EngineDeadError, FrameError, NotSupportedError, RaycoreError, SessionLostError
+from raycore.errors import (
+    DisagreementError,
+    EngineDeadError,
+    FrameError,
+    InvalidArgumentsError,
+    NotSupportedError,
+    RaycoreError,
+    SessionLostError,
+)
 from raycore.messages import CallResult
 from raycore.operations import FanOut, Operation
 
@@ -87,6 +96,7 @@ class UtilityDesk:
         """An engine answered."""
         call = self._table.take(result.call_id)
         if call is None:
+            self._drop(session, result)
             return
         if result.error is not None:
             call.future.set_exception(remote_error(result.error, call.operation.name, session.engine))
@@ -95,6 +105,12 @@ class UtilityDesk:
             call.future.set_result(session.decoder.decode_part(result.result, call.operation.result))
         except FrameError as error:
             call.future.set_exception(error)
+
+    @staticmethod
+    def _drop(session: EngineSession, result: CallResult) -> None:
+        """Take a late result's files, so that nothing of it stays in shared memory."""
+        with contextlib.suppress(FrameError):
+            session.decoder.decode_part(result.result, Any)
 
     def on_session_lost(self, session: EngineSession, reason: str) -> None:
         """Whether its calls ran is not known."""
@@ -125,9 +141,12 @@ class UtilityDesk:
         try:
             session.call(call_id, operation.name, arguments)
             return await future
-        except BaseException:
+        except BaseException as error:
             if self._table.forget(call_id) is not None:
                 session.cancel_call(call_id)
+            if isinstance(error, TypeError) and not isinstance(error, RaycoreError):
+                msg = f"{operation.name}: an argument {error}"
+                raise InvalidArgumentsError(msg, method=operation.name) from error
             raise
 
 

@@ -12,9 +12,10 @@ from raycore.core.intake import Counters
 from raycore.core.requests import RequestTable
 from raycore.core.sessions import Session, SessionTable
 from raycore.engine import EMPTY, Engine, EngineRequest, FinishReason, RequestRefused, StepOutput
-from raycore.errors import ErrorRecord, InvalidRequestError
+from raycore.errors import AdmissionError, ErrorRecord, InvalidRequestError
 from raycore.ids import Handle
 from raycore.messages import Abort, Add, Refused, StepColumns
+from raycore.sampling import check_decoded
 
 _log = logging.getLogger(__name__)
 
@@ -98,12 +99,21 @@ class RequestAdmission:
         assert set(self._held) <= set(self._table.handles()), "a held request has no handle"  # noqa: S101
 
     def _is_wellformed(self, session: Session, add: Add) -> bool:
-        if add.slot in session.handle_of or not 0 <= add.slot < self._limits.session_requests:
+        if add.slot in session.handle_of:
             self._counters.stale_frames += 1
+            return False
+        if not 0 <= add.slot < self._limits.session_requests:
+            text = f"a session may have {self._limits.session_requests} requests here"
+            self._sessions.post(session, Refused(add.slot, ErrorRecord(AdmissionError.__name__, text)))
             return False
         if len(add.prompt) % _UINT32_BYTES or len(add.delivered) % _UINT32_BYTES:
             record = ErrorRecord(InvalidRequestError.__name__, "a token column is not a whole number of uint32")
             self._sessions.post(session, Refused(add.slot, record))
+            return False
+        try:
+            check_decoded(add.sampling)
+        except InvalidRequestError as error:
+            self._sessions.post(session, Refused(add.slot, ErrorRecord(InvalidRequestError.__name__, str(error))))
             return False
         return True
 

@@ -86,7 +86,12 @@ def find_operation(name: str) -> Operation:
 
 def error_record(error: BaseException) -> ErrorRecord:
     """An error as it travels: type, text and traceback."""
-    text = str(error) or repr(error)
+    text = _sendable(str(error) or repr(error))
     if isinstance(error, FrameError):
         return ErrorRecord(InvalidArgumentsError.__name__, text)
-    return ErrorRecord(type(error).__name__, text, "".join(traceback.format_exception(error)))
+    return ErrorRecord(type(error).__name__, text, _sendable("".join(traceback.format_exception(error))))
+
+
+def _sendable(text: str) -> str:
+    """Without lone surrogates, which an undecodable file name brings into a message."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -119,8 +119,12 @@ class CallDesk:
         self._clear_cache_for.discard(token)
         if is_wanted and not self._engine.has_work():
             reset = self._engine.utilities().get("reset_prefix_cache")
-            if reset is not None:
-                reset()
+            try:
+                if reset is not None:
+                    reset()
+            except Exception as error:  # noqa: BLE001 -- the pause holds; its caller is told that the cache does too
+                self._answer(token, None, error_record(error))
+                return
         self._answer_value(token, None)
 
     def _withdraw(self, token: CallToken) -> None:

@@ -151,7 +151,7 @@ class EngineCore:
                     pass
                 case Detach():
                     self._sessions.end(session, "detached")
-                    return
+                    return  # what follows it in the frame has no session
                 case Attach():
                     self.counters.stale_frames += 1
         if not self._can_step():

@@ -1,6 +1,7 @@
 """The engine core's door for frames: decoding, order, attaching, and what becomes of frames that are not right.
 
-Nothing that arrives here can end the loop. A bad item in a good frame is answered alone; a frame that cannot be read ends its session, never its requests
+Nothing that arrives here can end the loop. A bad item in a good frame is answered alone; a frame that cannot be read ends its session,
+never its requests
 for good: the client attaches anew and re-admits them.
 """
 
@@ -20,7 +21,7 @@ from raycore.errors import ErrorRecord, FrameError, InvalidRequestError
 from raycore.ids import CallId, EngineId, SessionId, Slot
 from raycore.membership import Membership
 from raycore.messages import PROTOCOL_VERSION, Attach, Attached, AttachRefused, BadFrame, CallResult, ClientFrame, Refused, ToEngine
-from raycore.tensors import can_read
+from raycore.tensors import TensorReader, can_read
 from raycore.transport.channel import Message
 
 _log = logging.getLogger(__name__)
@@ -67,8 +68,9 @@ class FrameIntake:
         self._membership = membership
         self._clock = clock
         self._pool = membership().pool
-        self._decoder = FrameDecoder(ClientFrame, self._pool)
-        self._raw_decoder = FrameDecoder(_RawFrame, self._pool)
+        reader = TensorReader(self._pool)
+        self._decoder = FrameDecoder(ClientFrame, reader)
+        self._raw_decoder = FrameDecoder(_RawFrame, reader)
 
     def take(self, session_id: bytes, message: Message) -> tuple[Session, list[ToEngine]] | None:
         """The session and its new items, or None when there is nothing to do."""
@@ -85,8 +87,9 @@ class FrameIntake:
             return self._on_stranger(SessionId(session_id), frame)
         if frame.seq != session.next_in:
             self._counters.stale_frames += 1
-            self._sessions.end(session, f"frame {frame.seq} came where {session.next_in} was due")
-            self._sessions.tell_expired(session_id, "frames were lost")
+            reason = f"frame {frame.seq} came where {session.next_in} was due"
+            self._sessions.tell_expired(session_id, reason)
+            self._sessions.end(session, reason)
             return None
         return self._accept(session, frame)
 
@@ -136,11 +139,14 @@ class FrameIntake:
             self._sessions.tell_stranger(session_id, BadFrame(record))
             return
         # its number cannot be trusted, so the session's order is lost
-        self._sessions.end(session, "a frame did not decode")
         self._sessions.tell_expired(session_id, f"a frame did not decode: {error}")
+        self._sessions.end(session, "a frame did not decode")
 
     def _salvage(self, session: Session, message: Message) -> ClientFrame | None:
-        """A frame whose outer shape is right: its good items; each bad request or call is answered alone. None when nothing can be saved."""
+        """A frame whose outer shape is right: its good items; each bad request or call is answered alone.
+
+        None when nothing can be saved.
+        """
         try:
             outer = self._raw_decoder.decode(message)
         except FrameError:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import cProfile
+import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Protocol
 
 from raycore.operations import ProfileArguments
+
+_log = logging.getLogger(__name__)
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Trace(Protocol):
@@ -67,8 +73,8 @@ class Profiler:
             msg = f"no such directory on this rank's node: {directory}"
             raise FileNotFoundError(msg)
         prefix = arguments.prefix or "raycore"
-        if "/" in prefix:
-            msg = "prefix is part of a file name; use directory for the place"
+        if not _FILE_NAME.fullmatch(prefix):
+            msg = "prefix is part of a file name: 1 to 128 of letters, digits, '.', '_' and '-'; use directory for the place"
             raise ValueError(msg)
         self._path = directory / f"{prefix}-rank{self._rank}-{os.getpid()}{trace.suffix}"
         self._trace = trace
@@ -101,7 +107,10 @@ class Profiler:
         elif self._steps_left is not None:
             self._steps_left -= 1
             if self._steps_left <= 0:
-                self.stop()
+                try:
+                    self.stop()
+                except (OSError, ValueError, RuntimeError) as error:  # a trace that cannot be written is no reason to end the loop
+                    _log.warning("the profile could not be written: %s", error)
 
     def _record(self) -> None:
         if self._trace is not None:

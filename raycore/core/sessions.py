@@ -23,6 +23,7 @@ class Session:
         "backlog_bytes",
         "client",
         "encoder",
+        "files",
         "gone_since_s",
         "handle_of",
         "id",
@@ -51,6 +52,8 @@ class Session:
         self.backlog_bytes = 0
         self.previous_slots: TokenArray | None = None
         """The slot column of the last StepColumns, so that an equal one is left out."""
+        self.files: SharedMemoryFiles | None = None
+        """Results that went through shared memory; what the client has not taken goes with the session."""
         self.encoder = FrameEncoder(inline_bytes=limits.inline_tensor_bytes, shared_memory_bytes=limits.shared_memory_bytes)
 
 
@@ -61,7 +64,7 @@ class SessionTable:
         self._listener = listener
         self._limits = limits
         self._on_end = on_end
-        self._files = SharedMemoryFiles(pool)
+        self._pool = pool
         self._sessions: dict[bytes, Session] = {}
         self._dirty: list[Session] = []
         self._stranger_encoder = FrameEncoder()
@@ -83,7 +86,8 @@ class SessionTable:
         """A client attached."""
         session = Session(session_id, attach, self._limits, now_s)
         if shares_memory:
-            session.encoder.share_memory(self._files)
+            session.files = SharedMemoryFiles(self._pool)
+            session.encoder.share_memory(session.files)
         self._sessions[session_id] = session
         return session
 
@@ -93,6 +97,8 @@ class SessionTable:
             return
         session.backlog.clear()
         session.outbox.clear()
+        if session.files is not None:
+            session.files.discard_all()
         self._on_end(session, reason)
         if session.id not in self._farewells:
             self._listener.forget(session.id)
@@ -127,6 +133,8 @@ class SessionTable:
     def tell_stranger(self, session_id: bytes, item: ToClient) -> None:
         """Answer a peer that has no session."""
         self._listener.send(session_id, self._stranger_encoder.encode(EngineFrame(-1, -1, EngineLoad(), 0, [item])))
+        if session_id not in self._sessions:
+            self._listener.forget(session_id)
 
     def retry_backlogs(self, now_s: float) -> None:
         """Send what slow clients left, and notice peers that came back."""

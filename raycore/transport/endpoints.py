@@ -13,7 +13,7 @@ from pathlib import Path
 from raycore.errors import ConfigurationError
 
 _DIRECTORY_NAME = re.compile(r"([A-Za-z0-9_.-]+)\.(\d+)\.[0-9a-f]{6}")
-_ROOT = Path("/tmp")  # noqa: S108 -- TMPDIR may be long, and a socket's path has 107 bytes; the directory below is 0700 and checked
+_ROOT = Path("/tmp")
 
 
 def this_host() -> str:

@@ -1,0 +1,1 @@
+"""Measurements: each prints medians and ratios to a floor that is taken in the same run."""
