@@ -29,31 +29,31 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Base of the argument structs: by name, unknown names refused."""
 
 
-class NoArguments(Arguments):
+class NoArguments(Arguments, frozen=True):
     """An operation without arguments."""
 
 
-class PauseArguments(Arguments):
+class PauseArguments(Arguments, frozen=True):
     """mode: what happens to running requests; clear_cache: also reset the prefix cache once idle."""
 
     mode: Literal["abort", "wait", "keep"] = "abort"
     clear_cache: bool = True
 
 
-class SleepArguments(Arguments):
+class SleepArguments(Arguments, frozen=True):
     """level 1: weights to host memory, KV dropped; level 2: both dropped."""
 
     level: Literal[0, 1, 2] = 1
     mode: Literal["abort", "wait", "keep"] = "abort"
 
 
-class WakeUpArguments(Arguments):
+class WakeUpArguments(Arguments, frozen=True):
     """tags: what to bring back; None is everything."""
 
     tags: list[Literal["weights", "kv_cache"]] | None = None
 
 
-class ProfileArguments(Arguments):
+class ProfileArguments(Arguments, frozen=True):
     """start or stop a profile; prefix: of the trace's file name; max_steps: stop by itself after so many."""
 
     start: bool = True
@@ -63,14 +63,14 @@ class ProfileArguments(Arguments):
     directory: str | None = None
 
 
-class ResetPrefixCacheArguments(Arguments):
+class ResetPrefixCacheArguments(Arguments, frozen=True):
     """reset_running_requests: preempt what runs, so that all of the cache can go."""
 
     reset_running_requests: bool = False
     reset_connector: bool = False
 
 
-class AddLoraArguments(Arguments):
+class AddLoraArguments(Arguments, frozen=True):
     """An adapter in a local peft directory."""
 
     lora_id: int
@@ -78,13 +78,13 @@ class AddLoraArguments(Arguments):
     path: str
 
 
-class LoraIdArguments(Arguments):
+class LoraIdArguments(Arguments, frozen=True):
     """One loaded adapter."""
 
     lora_id: int
 
 
-class SaveShardedStateArguments(Arguments):
+class SaveShardedStateArguments(Arguments, frozen=True):
     """Where to write the weights; pattern: file name with {rank} and {part}."""
 
     path: str
@@ -92,7 +92,7 @@ class SaveShardedStateArguments(Arguments):
     max_size: int | None = None
 
 
-class CollectiveRpcArguments(Arguments):
+class CollectiveRpcArguments(Arguments, frozen=True):
     """A method of the engine's `rpc_methods`, by name."""
 
     method: str
@@ -100,7 +100,7 @@ class CollectiveRpcArguments(Arguments):
     kwargs: dict[str, Any] = {}
 
 
-class WeightVersionArguments(Arguments):
+class WeightVersionArguments(Arguments, frozen=True):
     """The version to report for the weights from now on."""
 
     version: str

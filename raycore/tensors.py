@@ -187,12 +187,12 @@ def as_bytes(tensor: Any) -> tuple[TensorHeader, memoryview]:
         if not _NUMPY_DTYPE.fullmatch(contiguous.dtype.str):
             msg = f"an array of dtype {contiguous.dtype} cannot be sent"
             raise TypeError(msg)
-        return TensorHeader("numpy", contiguous.dtype.str, tensor.shape), memoryview(contiguous.reshape(-1).view(np.uint8))
+        return TensorHeader("numpy", contiguous.dtype.str, tensor.shape), contiguous.reshape(-1).view(np.uint8).data
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensor, torch.Tensor):
         host = _plain(tensor)
         flat = host.reshape(-1).view(torch.uint8).numpy() if host.numel() else np.empty(0, np.uint8)
-        return TensorHeader("torch", str(host.dtype).removeprefix("torch."), tuple(host.shape)), memoryview(flat)
+        return TensorHeader("torch", str(host.dtype).removeprefix("torch."), tuple(host.shape)), flat.data
     msg = f"cannot send an object of type {type(tensor).__name__}"
     raise TypeError(msg)
 

@@ -52,10 +52,7 @@ class Door:
         try:
             params = self._checked(sampling)
             column = self._tokens(prompt)
-            if not -MAX_TOKENS <= priority <= MAX_TOKENS:
-                msg = f"priority must be an int32, not {priority!r}"
-                raise InvalidRequestError(msg)
-            self._check_fit(column, params)
+            self._check_fit(column, params, priority)
         except InvalidRequestError as error:
             error.request_id = request_id
             raise
@@ -103,7 +100,10 @@ class Door:
             raise InvalidRequestError(msg)
         return column
 
-    def _check_fit(self, column: array[int], params: SamplingParams) -> None:
+    def _check_fit(self, column: array[int], params: SamplingParams, priority: int) -> None:
+        if not -MAX_TOKENS <= priority <= MAX_TOKENS:
+            msg = f"priority must be an int32, not {priority!r}"
+            raise InvalidRequestError(msg)
         if len(column) >= self._info.max_model_len:
             msg = f"the prompt has {len(column)} tokens; with one output token the model's context takes at most {self._info.max_model_len}"
             raise InvalidRequestError(msg)

@@ -7,7 +7,7 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -90,7 +90,7 @@ class CallerTurner:
 
 
 @contextlib.contextmanager
-def _interrupts_cancel(task: asyncio.Task[Any]) -> Iterator[threading.Event]:
+def _interrupts_cancel(task: asyncio.Task[Any]) -> Generator[threading.Event]:
     """Ctrl-C cancels `task` between two callbacks instead of raising wherever the interpreter is.
 
     Only in the main thread; elsewhere there is none.

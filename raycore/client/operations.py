@@ -49,7 +49,7 @@ _FIELDS = {operation.name: {field.name: field for field in msgspec.structs.field
 
 
 class AsyncOperations:
-    """The table's operations as coroutine methods; every one also takes `rank` (one rank instead of the declared fan-out) and `timeout_s`."""
+    """The table's operations as coroutine methods; each also takes `rank` (one rank instead of the declared fan-out) and `timeout_s`."""
 
     def __init__(self, caller: Caller) -> None:
         self._caller = caller

@@ -13,7 +13,7 @@ from raycore.core.requests import RequestTable
 from raycore.core.sessions import Session, SessionTable
 from raycore.engine import EMPTY, Engine, EngineRequest, FinishReason, RequestRefused, StepOutput
 from raycore.errors import AdmissionError, ErrorRecord, InvalidRequestError
-from raycore.ids import Handle
+from raycore.ids import Handle, Slot
 from raycore.messages import Abort, Add, Refused, StepColumns
 from raycore.sampling import check_decoded
 
@@ -131,7 +131,7 @@ class RequestAdmission:
         owner = self._table.remove(handle)
         if owner is not None:
             session, slot = owner
-            self._sessions.post(session, Refused(slot, error))
+            self._sessions.post(session, Refused(Slot(slot), error))
 
     def _end(self, handles: list[int]) -> None:
         if not handles:

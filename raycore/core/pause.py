@@ -11,7 +11,7 @@ PAUSED  ── resume ──▶ RUNNING;  RUNNING ── resume ──▶ RUNNIN
 from __future__ import annotations
 
 import enum
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -32,7 +32,7 @@ class Pause(msgspec.Struct, frozen=True):
     """State, and the tokens of the calls that wait for it to become PAUSED."""
 
     state: PauseState = PauseState.RUNNING
-    waiting: tuple[object, ...] = ()
+    waiting: tuple[Any, ...] = ()
 
 
 class PauseStep(msgspec.Struct, frozen=True):
@@ -40,7 +40,7 @@ class PauseStep(msgspec.Struct, frozen=True):
 
     pause: Pause
     abort_running: bool = False
-    completed: tuple[object, ...] = ()
+    completed: tuple[Any, ...] = ()
     """Calls whose pause is complete."""
     release_held: bool = False
     """Give the held requests to the engine."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from raycore.core.sessions import Session
 from raycore.engine import EMPTY, Detail, StepOutput, TokenArray
+from raycore.ids import Slot
 from raycore.messages import StepColumns
 
 _GROWTH = 1024
@@ -27,7 +28,7 @@ class RequestTable:
         self._number_of: dict[bytes, int] = {}
         self._sessions: list[Session | None] = []
         self._split_handles: TokenArray | None = None
-        self._split: list[tuple[Session, TokenArray | None, TokenArray]] = []
+        self._split: list[tuple[Session, TokenArray, TokenArray]] = []
 
     def __len__(self) -> int:
         return self._size - len(self._free)
@@ -147,20 +148,20 @@ class RequestTable:
             ends[self._by_number(number).id] = (slots[rows].tobytes(), reason_column[rows].tobytes())
         return ends
 
-    def _details(self, details: Sequence[tuple[int, Detail]]) -> dict[bytes, list[tuple[int, Detail]]]:
-        by_session: dict[bytes, list[tuple[int, Detail]]] = {}
+    def _details(self, details: Sequence[tuple[int, Detail]]) -> dict[bytes, list[tuple[Slot, Detail]]]:
+        by_session: dict[bytes, list[tuple[Slot, Detail]]] = {}
         for handle, detail in details:
             session = self._owner[handle]
             if session is not None:
-                by_session.setdefault(session.id, []).append((int(self._slot_of[handle]), detail))
+                by_session.setdefault(session.id, []).append((Slot(int(self._slot_of[handle])), detail))
         return by_session
 
-    def _first_offsets(self, handles: TokenArray) -> dict[bytes, list[tuple[int, int]]]:
-        by_session: dict[bytes, list[tuple[int, int]]] = {}
+    def _first_offsets(self, handles: TokenArray) -> dict[bytes, list[tuple[Slot, int]]]:
+        by_session: dict[bytes, list[tuple[Slot, int]]] = {}
         for handle in set(self._offset).intersection(handles.tolist()):
             session = self._owner[handle]
             if session is not None:
-                by_session.setdefault(session.id, []).append((int(self._slot_of[handle]), self._offset.pop(handle)))
+                by_session.setdefault(session.id, []).append((Slot(int(self._slot_of[handle])), self._offset.pop(handle)))
         return by_session
 
     def _free_finished(self, finished: TokenArray) -> None:

@@ -1,4 +1,4 @@
-"""A channel within one process: what a client hands over, an engine core in the same thread receives, with the same promises as a socket."""
+"""A channel within one process: what a client hands over, an engine core in the same thread receives; the promises are a socket's."""
 
 from __future__ import annotations
 

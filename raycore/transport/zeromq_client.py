@@ -35,6 +35,11 @@ def is_same_host(endpoints: Endpoints) -> bool:
     return endpoints.host == this_host() and Path(endpoints.requests_ipc.removeprefix("ipc://")).exists()
 
 
+def _events(socket: zmq.Socket[Any]) -> int:
+    events = socket.getsockopt(_EVENTS)
+    return events if isinstance(events, int) else 0
+
+
 class ZmqClientChannel:
     """`ClientChannel` over a DEALER whose routing id is the session id."""
 
@@ -88,7 +93,7 @@ class ZmqClientChannel:
         if self._queue or not self._try_send(socket, message):
             self._queue.append(message)
         # the descriptor is edge-triggered, and a send processes the socket's commands: a message that came meanwhile raises no edge
-        if socket.getsockopt(_EVENTS) & _POLLIN:
+        if _events(socket) & _POLLIN:
             self._schedule_drain()
 
     def close(self) -> None:
@@ -147,5 +152,5 @@ class ZmqClientChannel:
             return
         while self._queue and self._try_send(socket, self._queue[0]):
             self._queue.popleft()
-        if socket.getsockopt(_EVENTS) & _POLLIN:
+        if _events(socket) & _POLLIN:
             self._schedule_drain()

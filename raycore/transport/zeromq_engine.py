@@ -197,7 +197,8 @@ def _bind_tcp(socket: zmq.Socket[Any], address: str) -> str:
     if ":" in address:
         socket.ipv6 = True
     socket.bind(f"tcp://{host}:0")
-    return socket.last_endpoint.decode().rstrip("\0")
+    endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    return endpoint.rstrip("\0")
 
 
 def _is_loopback(address: str) -> bool:
