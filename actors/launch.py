@@ -8,6 +8,8 @@ import weakref
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from actors.blocking import run_blocking
 from actors.control_plane import RayControlPlane, find_actor, pool_access
 from actors.driver import PoolDriver
@@ -19,7 +21,7 @@ from raycore.client.blocking import BlockingClient
 from raycore.client.client import EngineCoreClient
 from raycore.client.control import PoolAccess
 from raycore.client.links import SocketLinks
-from raycore.config import HealthConfig, Limits, PoolConfig, Timeouts, parse_config
+from raycore.config import PoolConfig, Timeouts, parse_config
 from raycore.errors import RaycoreError
 from raycore.tokenizer import Tokenizer, load_tokenizer
 from raycore.transport import endpoints
@@ -71,8 +73,7 @@ class Launch:
             run_blocking(self._driver.close())
 
     async def _make_client(self, access: PoolAccess) -> EngineCoreClient:
-        config = self._config
-        return await _start_client(access, config.timeouts, config.limits, config.health, keep_alive=self)
+        return await _start_client(access, keep_alive=self)
 
     async def _leave(self) -> None:
         try:
@@ -85,9 +86,9 @@ class Launch:
 class Connection:
     """A client of a pool that runs; used like `Launch`. Leaving the block leaves the pool as it is."""
 
-    def __init__(self, pool: str, timeouts: Timeouts, limits: Limits, health: HealthConfig) -> None:
+    def __init__(self, pool: str, timeouts: Timeouts | None) -> None:
         self._pool = pool
-        self._settings = (timeouts, limits, health)
+        self._timeouts = timeouts
         self._client: EngineCoreClient | None = None
         self._blocking: BlockingClient | None = None
 
@@ -126,7 +127,10 @@ class Connection:
     async def _connect(self) -> EngineCoreClient:
         endpoints.sweep(self._pool)
         tensors.sweep(self._pool)
-        return await _start_client(await pool_access(self._pool), *self._settings, keep_alive=None)
+        access = await pool_access(self._pool)
+        if self._timeouts is not None:
+            access = msgspec.structs.replace(access, timeouts=self._timeouts)
+        return await _start_client(access, keep_alive=None)
 
 
 def launch(**config: Any) -> Launch:
@@ -134,9 +138,9 @@ def launch(**config: Any) -> Launch:
     return Launch(parse_config(config))
 
 
-def connect(pool: str, *, timeouts: Timeouts | None = None, limits: Limits | None = None, health: HealthConfig | None = None) -> Connection:
-    """A running pool by its name; PoolNotFoundError when the block is entered and there is none."""
-    return Connection(pool, timeouts or Timeouts(), limits or Limits(), health or HealthConfig())
+def connect(pool: str, *, timeouts: Timeouts | None = None) -> Connection:
+    """A running pool by its name; PoolNotFoundError when the block is entered and there is none. Limits are the pool's own."""
+    return Connection(pool, timeouts)
 
 
 def pool_status(pool: str) -> dict[str, Any]:
@@ -153,14 +157,10 @@ def pool_status(pool: str) -> dict[str, Any]:
         release_ray()
 
 
-async def _start_client(
-    access: PoolAccess, timeouts: Timeouts, limits: Limits, health: HealthConfig, *, keep_alive: object
-) -> EngineCoreClient:
-    control = RayControlPlane(access.membership.pool, timeouts, keep_alive=keep_alive)
+async def _start_client(access: PoolAccess, *, keep_alive: object) -> EngineCoreClient:
+    control = RayControlPlane(access.membership.pool, access.timeouts, keep_alive=keep_alive)
     tokenizer = await asyncio.to_thread(_tokenizer_of, access)
-    client = EngineCoreClient(
-        access, control, SocketLinks(access, limits), timeouts=timeouts, limits=limits, health=health, tokenizer=tokenizer
-    )
+    client = EngineCoreClient(access, control, SocketLinks(access, access.limits), tokenizer=tokenizer)
     await client.start()
     return client
 

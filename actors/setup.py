@@ -55,6 +55,9 @@ class PoolSetup(msgspec.Struct, frozen=True, kw_only=True):
             model=config.model,
             engine=config.engine,
             on_engine_death=config.on_engine_death,
+            limits=config.limits,
+            timeouts=config.timeouts,
+            health=config.health,
         )
 
     def engine(self, rank: Rank, incarnation: Incarnation, group_id: str) -> EngineSetup:
