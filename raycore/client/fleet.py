@@ -295,7 +295,7 @@ class EngineFleet:
         """Raise AssertionError when a ledger and its session disagree; returns every request that is on an engine. For tests."""
         everything: list[RequestRecord] = []
         for session in self._sessions.values():
-            mine = [record for record in session.records if record is not None]
+            mine = session.live()
             assert session.ledger.requests == len(mine), "the ledger miscounts requests"  # noqa: S101
             assert session.ledger.tokens == sum(r.cost - len(r.tokens) for r in mine), "the ledger miscounts tokens"  # noqa: S101
             everything.extend(mine)

@@ -11,9 +11,9 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from raycore.client.journal import RequestRecord
+from raycore.client.slots import SlotTable
 from raycore.codec import FrameDecoder, FrameEncoder
 from raycore.config import Limits
-from raycore.engine import FinishReason
 from raycore.errors import ErrorRecord, FrameError
 from raycore.ids import CallId, EngineId, SessionId, Slot
 from raycore.membership import Member, Membership
@@ -41,12 +41,12 @@ from raycore.messages import (
     StepColumns,
     ToEngine,
 )
-from raycore.routing import EngineLedger
 from raycore.tensors import SharedMemoryFiles, TensorReader
 from raycore.transport.channel import ClientChannel, Message
 
-_FIRST_SLOTS = 512
 _QUICK_LOSS_S = 1.0
+_ITEMS_A_FRAME = 48
+"""A burst is sent in frames of so many items, so that the engine begins on it while the rest is still being made."""
 _OUTSIDE_THE_ORDER = -1
 """The number of frames that an engine sends to somebody with whom it has no session."""
 
@@ -117,13 +117,11 @@ class EngineSession:
         self.id = SessionId(session_id)
         self.member = member
         self.engine: EngineId = member.engine
-        self.ledger = EngineLedger(member.engine)
+        self._slots = SlotTable(member.engine, limits.session_requests, self._finished)
+        self.ledger = self._slots.ledger
         self.is_attached = False
         self.is_closed = False
-        self.records: list[RequestRecord | None] = []
         self.sent_at_s = 0.0
-        self.stamp_ns = 0
-        """The engine host's monotonic clock at the end of the last step that was taken in."""
         self.decoder = FrameDecoder(EngineFrame, TensorReader(pool))
         self._channel = make_channel(member, self.id)
         self._owner = owner
@@ -135,14 +133,11 @@ class EngineSession:
         self._files = files
         self._replaces = replaces
         self._encoder = FrameEncoder(inline_bytes=limits.inline_tensor_bytes, shared_memory_bytes=limits.shared_memory_bytes)
-        self._sinks: list[Callable[[int], None]] = []
-        self._free: list[int] = []
         self._outbox: list[ToEngine] = []
         self._call_files: dict[int, tuple[str, ...]] = {}
         self._is_flush_due = False
         self._next_out = 0
         self._next_in = 0
-        self._slots: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._opened_at_s = self._loop.time()
         self._quick_losses = quick_losses
@@ -180,16 +175,10 @@ class EngineSession:
     def submit(self, record: RequestRecord) -> None:
         """Send a request to this engine, with the tokens that its caller has already. TypeError for tensors that cannot be sent."""
         tensors: Any = self._encode_tensors(record) if record.tensors else None
-        if not self._free:
-            self._grow()
-        slot = self._free.pop()
-        self.records[slot] = record
-        self._sinks[slot] = record.tokens.append
-        record.session, record.slot = self, slot
+        slot = self._slots.add(record)
+        record.session = self
         record.served_rank = self.engine.rank
         delivered = array("I", record.tokens).tobytes() if record.tokens else b""
-        record.cost = record.prompt_tokens + record.sampling.max_tokens
-        self.ledger.dispatch(record.cost - len(record.tokens))
         self._post(Add(slot, record.request_id, record.prompt, record.sampling, delivered, record.priority, tensors))  # type: ignore[arg-type]
 
     def abort(self, records: Iterable[RequestRecord]) -> None:
@@ -251,18 +240,22 @@ class EngineSession:
 
     def release_records(self) -> list[RequestRecord]:
         """Every request that has no terminal record yet; the session keeps none of them."""
-        left = [record for record in self.records if record is not None]
-        self.records = []
-        self._sinks = []
-        self._free = []
+        left = self._slots.clear()
         for record in left:
-            record.session = None
             self._discard_files(record)
         return left
 
+    def live(self) -> list[RequestRecord]:
+        """Every request that has no terminal record yet."""
+        return self._slots.live()
+
     def _post(self, item: ToEngine) -> None:
         self._outbox.append(item)
-        if not self._is_flush_due and self._is_open:
+        if not self._is_open:
+            return
+        if len(self._outbox) >= _ITEMS_A_FRAME:
+            self._send_outbox()
+        elif not self._is_flush_due:
             self._schedule_flush()
 
     def _schedule_flush(self) -> None:
@@ -289,110 +282,57 @@ class EngineSession:
                 self._files.discard(name)
             record.files = ()
 
-    def _grow(self) -> None:
-        size = len(self.records)
-        more = min(max(size, _FIRST_SLOTS), self._limits.session_requests - size)
-        self.records.extend([None] * more)
-        self._sinks.extend([_no_sink] * more)
-        self._free.extend(range(size + more - 1, size - 1, -1))
-
     @property
     def is_full(self) -> bool:
         """Whether every slot is in use."""
-        return not self._free and len(self.records) >= self._limits.session_requests
+        return self._slots.is_full
+
+    @property
+    def stamp_ns(self) -> int:
+        """The engine host's monotonic clock at the end of the last step that was taken in."""
+        return self._slots.stamp_ns
 
     # -- from the engine ----------------------------------------------------------------------------------------------
 
     def _on_messages(self, messages: list[Message]) -> None:
         """Take in everything that is ready, then wake each request once."""
-        news: set[int] = set()
         for message in messages:
+            problem = self._take_message(message)
             if self.is_closed:
                 return
-            try:
-                frame = self.decoder.decode(message)
-            except FrameError as error:
-                self._owner.on_lost(self, str(error))
+            if problem:
+                self._slots.settle()
+                self._owner.on_lost(self, problem)
                 return
-            if frame.seq not in (self._next_in, _OUTSIDE_THE_ORDER):
-                self._owner.on_lost(self, f"frame {frame.seq} came where {self._next_in} was due")
-                return
-            if frame.seq != _OUTSIDE_THE_ORDER:
-                self._next_in = frame.seq + 1
-            self._take_frame(frame, news)
-        records = self.records
-        for slot in news:
-            record = records[slot] if slot < len(records) else None
-            if record is not None:
-                record.wake()
+        self._slots.settle()
 
-    def _take_frame(self, frame: EngineFrame, news: set[int]) -> None:
+    def _take_message(self, message: Message) -> str | None:
+        """Take in one frame; why the session cannot go on, if it cannot."""
+        try:
+            frame = self.decoder.decode(message)
+        except FrameError as error:
+            return str(error)
+        if frame.seq == self._next_in:
+            self._next_in += 1
+        elif frame.seq != _OUTSIDE_THE_ORDER:
+            return f"frame {frame.seq} came where {self._next_in} was due"
         ledger = self.ledger
         ledger.load, ledger.load_own = frame.load, frame.own_requests
         for item in frame.items:
             if isinstance(item, StepColumns):
-                self._take_columns(item, news)
+                problem = self._slots.take(item)
+                if problem:
+                    return problem
             else:
                 self._take_rare(item)
                 if self.is_closed:
-                    return  # the item ended the session; what follows it is stale
+                    return None  # the item ended the session; what follows it is stale
+        return None
 
-    def _take_columns(self, columns: StepColumns, news: set[int]) -> None:
-        self.stamp_ns = columns.stamp_ns
-        if columns.offsets or columns.details:
-            self._take_details(columns)
-        if columns.tokens:
-            if columns.slots:
-                self._slots = memoryview(columns.slots).cast("I").tolist()
-            slots = self._slots
-            tokens = memoryview(columns.tokens).cast("I").tolist()
-            sinks = self._sinks
-            if columns.counts:
-                self._take_ragged(slots, memoryview(columns.counts).cast("I").tolist(), tokens)
-            else:
-                for slot, token in zip(slots, tokens, strict=True):
-                    sinks[slot](token)
-            self.ledger.tokens -= len(tokens)
-            news.update(slots)
-        if columns.finished:
-            self._take_finished(columns, news)
-
-    def _take_ragged(self, slots: list[int], counts: list[int], tokens: list[int]) -> None:
-        at = 0
-        for slot, count in zip(slots, counts, strict=True):
-            record = self.records[slot]
-            if record is not None:
-                record.tokens.extend(tokens[at : at + count])
-            at += count
-
-    def _take_finished(self, columns: StepColumns, news: set[int]) -> None:
-        records, sinks, free, ledger = self.records, self._sinks, self._free, self.ledger
-        for slot, reason in zip(memoryview(columns.finished).cast("I").tolist(), columns.reasons, strict=True):
-            record = records[slot]
-            if record is None:
-                continue
-            records[slot] = None
-            sinks[slot] = _no_sink
-            free.append(slot)
-            ledger.end(record.cost - len(record.tokens))
-            record.session = None
-            record.stamp_ns = columns.stamp_ns
-            if record.files:
-                self._discard_files(record)
-            record.finish_reason = FinishReason(reason)
-            self._sink.on_finished(record)
-            record.wake()
-            news.discard(slot)
-
-    def _take_details(self, columns: StepColumns) -> None:
-        for slot, detail in columns.details:
-            record = self.records[slot] if slot < len(self.records) else None
-            if record is not None:
-                record.detail = detail
-        for slot, offset in columns.offsets:
-            record = self.records[slot] if slot < len(self.records) else None
-            if record is not None and offset != len(record.tokens):
-                self._owner.on_lost(self, f"output of {record.request_id} begins at {offset}, {len(record.tokens)} was due")
+    def _finished(self, record: RequestRecord) -> None:
+        if record.files:
+            self._discard_files(record)
+        self._sink.on_finished(record)
 
     def _take_rare(self, item: RareToClient) -> None:  # noqa: C901 -- one case per message
         match item:
@@ -432,18 +372,8 @@ class EngineSession:
         self._owner.on_attached(self)
         self._owner.on_membership(attached.membership)
 
-    def _free_slot(self, slot: Slot) -> RequestRecord | None:
-        """Take a request off its slot; the engine has nothing of it any more."""
-        record = self.records[slot] if 0 <= slot < len(self.records) else None
+    def _free_slot(self, slot: int) -> RequestRecord | None:
+        record = self._slots.free(slot)
         if record is not None:
-            self.records[slot] = None
-            self._sinks[slot] = _no_sink
-            self._free.append(slot)
-            self.ledger.end(record.cost - len(record.tokens))
-            record.session = None
             self._discard_files(record)
         return record
-
-
-def _no_sink(_token: int) -> None:
-    """A token for a slot that is not in use: stale, dropped."""
