@@ -18,9 +18,10 @@ from raycore.answers import Answer, RankSummary
 
 RANK_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 REFRESHES_PER_S = 12
-PANEL_WIDTH = 56
-PANEL_LINES = 7
-"""Longer answers show their end."""
+PANEL_LINES = 5
+"""Longer answers show their end; six panels in two columns fit a terminal of 24 lines."""
+WIDE_TERMINAL = 150
+"""From so many columns on there are three panels side by side instead of two."""
 
 
 class AnswerView:
@@ -30,7 +31,7 @@ class AnswerView:
         self._console = console
         self._answers = answers
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} tokens"), TimeElapsedColumn(), console=console
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tokens]} tokens"), TimeElapsedColumn(), console=console
         )
         self._max_tokens = max_tokens
         self._bar: TaskID | None = None
@@ -38,7 +39,7 @@ class AnswerView:
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._bar = self._progress.add_task("answering", total=len(self._answers) * self._max_tokens)
+            self._bar = self._progress.add_task("answering", total=len(self._answers) * self._max_tokens, tokens=0)
             self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=REFRESHES_PER_S)
             self._live.__enter__()
         return self
@@ -57,20 +58,19 @@ class AnswerView:
             return
         if self._bar is not None:
             done = sum(self._max_tokens if a.finish_reason else len(a.token_ids) for a in self._answers)
-            self._progress.update(self._bar, completed=done)
+            self._progress.update(self._bar, completed=done, tokens=sum(len(a.token_ids) for a in self._answers))
 
     def _render(self) -> Group:
-        return Group(Columns([_panel(answer) for answer in self._answers]), self._progress)
+        width = self._console.width // (3 if self._console.width >= WIDE_TERMINAL else 2) - 1
+        return Group(Columns([_panel(answer, width) for answer in self._answers]), self._progress)
 
 
-def _panel(answer: Answer) -> Panel:
+def _panel(answer: Answer, width: int) -> Panel:
     colour = "white" if answer.rank < 0 else RANK_COLOURS[answer.rank % len(RANK_COLOURS)]
-    lines = Text(answer.text.strip()).wrap(Console(width=PANEL_WIDTH), PANEL_WIDTH - 4)
+    lines = Text(answer.text.strip()).wrap(Console(width=width), max(1, width - 4))
     shown = Text("\n").join(list(lines)[-PANEL_LINES:])
     place = "waiting" if answer.rank < 0 else f"rank {answer.rank}"
-    return Panel(
-        shown, title=Text(answer.prompt, style="bold"), subtitle=place, width=PANEL_WIDTH, height=PANEL_LINES + 2, border_style=colour
-    )
+    return Panel(shown, title=Text(answer.prompt, style="bold"), subtitle=place, width=width, height=PANEL_LINES + 2, border_style=colour)
 
 
 def rank_table(rows: Sequence[RankSummary]) -> Table:
