@@ -72,16 +72,20 @@ def test_an_interrupt_in_a_blocking_block_ends_the_pool() -> None:
 
 def test_an_interrupt_while_a_pool_starts_leaves_nothing() -> None:
     def interrupt_when_loading() -> None:
-        while not any(name.role == "engine" for name in named_actors("starting")):
-            is_over.wait(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not is_over.wait(0.02):
+            if any(name.role == "engine" for name in named_actors("starting")):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
 
     is_over = threading.Event()
-    thread = threading.Thread(target=interrupt_when_loading)
+    thread = threading.Thread(target=interrupt_when_loading, daemon=True)
     thread.start()
-    with pytest.raises(KeyboardInterrupt), raycore.launch(pool="starting", engine="tests.actors.engines:never_ready"):
-        pytest.fail("the engine cannot be ready")
-    thread.join()
+    try:
+        with pytest.raises(KeyboardInterrupt), raycore.launch(pool="starting", engine="tests.actors.engines:never_ready"):
+            pytest.fail("the engine cannot be ready")
+    finally:
+        is_over.set()
+        thread.join()
     assert named_actors("starting") == []
 
 
