@@ -57,7 +57,7 @@ def machine() -> dict[str, Any]:
 
 
 def _version(name: str) -> str:
-    import importlib.metadata as metadata
+    from importlib import metadata
 
     try:
         return metadata.version(name)

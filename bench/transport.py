@@ -1,6 +1,6 @@
-"""The data plane: async client and echo engine in different processes, everything the product does switched on, beside floors of the same run.
+"""The data plane: async client and echo engine in different processes, all that the product does switched on, beside floors of the same run.
 
-    python -m bench.transport [--json FILE] [--repeat N] [--skip-ray]
+python -m bench.transport [--json FILE] [--repeat N] [--skip-ray]
 """
 
 from __future__ import annotations
@@ -139,9 +139,7 @@ def round_trip(repeat: int, ray_s: float | None) -> list[Row]:
             os.sched_setaffinity(0, everywhere)
             pair.close()
     value, floor = median(mine) * 1e6, median(bare) * 1e6
-    rows = [
-        Row("round trip, 1 token, p50, pinned", value, "us", floor, "bare pyzmq", "<= 1.2 x bare", value <= 1.2 * floor, mine)
-    ]
+    rows = [Row("round trip, 1 token, p50, pinned", value, "us", floor, "bare pyzmq", "<= 1.2 x bare", value <= 1.2 * floor, mine)]
     if ray_s is not None:
         rows.append(Row("round trip beside a Ray actor call", value, "us", ray_s * 1e6, "Ray call", "<= 0.2 x", value <= 0.2e6 * ray_s))
     return rows

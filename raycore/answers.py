@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from raycore.client.text import TextBuilder
 from raycore.errors import RaycoreError
 from raycore.sampling import SamplingParams
 from raycore.tokenizer import Tokenizer
@@ -34,15 +33,14 @@ class Answer(msgspec.Struct):
     first_token_s: float | None = None
     ended_s: float | None = None
 
-    def take(self, output: RequestOutput, now_s: float, text: TextBuilder | None = None) -> None:
-        """Add what an output brings; `text` makes the text of an output that has none, since its prompt was token ids."""
-        is_last = output.finish_reason is not None
-        self.text += output.text if text is None else text.push(output.token_ids, is_last=is_last)
+    def take(self, output: RequestOutput, now_s: float) -> None:
+        """Add what an output brings."""
+        self.text += output.text
         self.token_ids.extend(output.token_ids)
         self.rank, self.prompt_tokens = output.rank, output.prompt_tokens
         if output.token_ids and self.first_token_s is None:
             self.first_token_s = now_s
-        if is_last:
+        if output.finish_reason is not None:
             self.finish_reason, self.stop_reason, self.ended_s = output.finish_reason, output.stop_reason, now_s
 
 
@@ -94,10 +92,10 @@ async def ask_all(
     """
 
     async def ask(answer: Answer) -> None:
-        prompt, text = _prompt_of(answer, sampling, chat)
+        prompt = _prompt_of(answer, chat)
         answer.asked_s = clock()
-        async for output in client.generate(prompt, sampling):
-            answer.take(output, clock(), text)
+        async for output in client.generate(prompt, sampling, detokenize=True):
+            answer.take(output, clock())
             on_news(answer)
 
     try:
@@ -117,23 +115,20 @@ def ask_all_in_process(
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
     """The same with a blocking client, which steps an engine in process itself."""
-    asked: dict[str, tuple[Answer, TextBuilder | None]] = {}
+    asked: dict[str, Answer] = {}
     for answer in answers:
-        prompt, text = _prompt_of(answer, sampling, chat)
+        prompt = _prompt_of(answer, chat)
         answer.asked_s = clock()
-        asked[client.add_request(prompt, sampling)] = answer, text
+        asked[client.add_request(prompt, sampling, detokenize=True)] = answer
     while any(answer.finish_reason is None for answer in answers):
         for output in client.outputs():
             if output.error is not None:
                 raise output.error
-            answer, text = asked[output.request_id]
-            answer.take(output, clock(), text)
+            asked[output.request_id].take(output, clock())
 
 
-def _prompt_of(answer: Answer, sampling: SamplingParams, chat: Tokenizer | None) -> tuple[str | list[int], TextBuilder | None]:
-    if chat is None:
-        return answer.prompt, None
-    return chat.apply_chat_template([{"role": "user", "content": answer.prompt}]), TextBuilder(chat, sampling.stop, sampling.stop_token_ids)
+def _prompt_of(answer: Answer, chat: Tokenizer | None) -> str | list[int]:
+    return answer.prompt if chat is None else chat.apply_chat_template([{"role": "user", "content": answer.prompt}])
 
 
 def _first(errors: BaseExceptionGroup[RaycoreError]) -> RaycoreError:

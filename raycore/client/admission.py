@@ -41,8 +41,13 @@ class Door:
         rank: int | None,
         priority: int,
         tensors: dict[str, Any] | None,
+        *,
+        detokenize: bool | None = None,
     ) -> RequestRecord:
-        """The record of a request that an engine can serve. InvalidRequestError otherwise."""
+        """The record of a request that an engine can serve. InvalidRequestError otherwise.
+
+        `detokenize`: whether outputs carry text; None: where the prompt is text.
+        """
         if request_id is None:
             self._count += 1
             request_id = f"{self._prefix}-{self._count}"
@@ -60,7 +65,10 @@ class Door:
         record = RequestRecord(
             RequestId(request_id), column.tobytes(), len(column), params, pinned_rank=pinned, priority=priority, tensors=tensors
         )
-        if isinstance(prompt, str) and self._tokenizer is not None:
+        if detokenize or (detokenize is None and isinstance(prompt, str)):
+            if self._tokenizer is None:
+                msg = "text needs a tokenizer, and this pool's model has none here"
+                raise InvalidRequestError(msg, request_id=request_id)
             record.text = TextBuilder(self._tokenizer, params.stop, () if params.ignore_eos else params.stop_token_ids)
         return record
 

@@ -19,6 +19,7 @@ from raycore.errors import ClientClosedError
 from raycore.ids import RequestId
 from raycore.membership import Membership
 from raycore.sampling import SamplingParams
+from raycore.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -214,6 +215,11 @@ class BlockingClient:
     def in_flight(self) -> int:
         """Requests of this client that have not ended."""
         return self._client.in_flight()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, where this host has it."""
+        return self._client.tokenizer
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation under the model's chat template."""

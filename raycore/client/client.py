@@ -154,10 +154,14 @@ class EngineCoreClient:
         data_parallel_rank: int | None = None,
         priority: int = 0,
         tensors: dict[str, Any] | None = None,
+        detokenize: bool | None = None,
     ) -> RequestStream:
-        """Send a request now and stream its outputs. Raises at once for a request that cannot be served."""
+        """Send a request now and stream its outputs. Raises at once for a request that cannot be served.
+
+        `detokenize`: whether outputs carry text; None: where the prompt is text.
+        """
         self._check_open()
-        record = self._requests.admit(prompt, sampling, request_id, data_parallel_rank, priority, tensors)
+        record = self._requests.admit(prompt, sampling, request_id, data_parallel_rank, priority, tensors, detokenize=detokenize)
         return RequestStream(record, self._requests.abort, self._loop)
 
     async def add_request(
@@ -169,10 +173,14 @@ class EngineCoreClient:
         data_parallel_rank: int | None = None,
         priority: int = 0,
         tensors: dict[str, Any] | None = None,
+        detokenize: bool | None = None,
     ) -> RequestId:
         """Send a request whose outputs come through `outputs()`."""
         self._check_open()
-        return self._requests.admit(prompt, sampling, request_id, data_parallel_rank, priority, tensors, is_mailed=True).request_id
+        record = self._requests.admit(
+            prompt, sampling, request_id, data_parallel_rank, priority, tensors, detokenize=detokenize, is_mailed=True
+        )
+        return record.request_id
 
     async def outputs(self) -> list[RequestOutput]:
         """Everything new of all requests made with `add_request`, at least one output; a failed request's last output has `error` set."""

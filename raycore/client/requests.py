@@ -62,6 +62,7 @@ class RequestDesk:
         priority: int,
         tensors: dict[str, Any] | None,
         *,
+        detokenize: bool | None = None,
         is_mailed: bool = False,
     ) -> RequestRecord:
         """Check a request, choose its engine and send it; `is_mailed`: its outputs come through `outputs`.
@@ -76,7 +77,7 @@ class RequestDesk:
             if self._fleet.info is None:
                 raise self._fleet.no_engine()
             door = self._door = Door(self._fleet.info, self._tokenizer, self._client)
-        record = door.admit(prompt, sampling, request_id, rank, priority, tensors)
+        record = door.admit(prompt, sampling, request_id, rank, priority, tensors, detokenize=detokenize)
         session = self._choose(record)
         if is_mailed:
             record.mailbox = self._on_mail

@@ -1,7 +1,7 @@
 """A GGUF file as a safetensors checkpoint, made once and kept in the user's cache.
 
-transformers reads a GGUF file in pure Python, several times over (configuration, tokenizer, weights): about 40 s for a 135 M model on one core, at every
-start of every engine. The converted checkpoint loads in about two.
+transformers reads a GGUF file in pure Python, several times over (configuration, tokenizer, weights): about 40 s for a 135 M model on one
+core, at every start of every engine. The converted checkpoint loads in one or two.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _convert(gguf: Path, target: Path) -> None:
     config = copy.deepcopy(loaded.config)
     # transformers marks a model that came from a GGUF file as quantised, although its weights are not any more, and refuses to save it
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
