@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -39,9 +40,13 @@ class PoolDriver:
 
     def acquire_ray(self) -> None:
         """Have Ray; not in a helper thread, where it could not handle SIGTERM. Idempotent; part of `open`."""
-        if not self._is_open:
-            ensure_ray(self._config)
-            self._is_open = True
+        if self._is_open:
+            return
+        is_ours = ensure_ray(self._config)
+        self._is_open = True
+        if is_ours and self._config.tcp == "auto":
+            # A local Ray has one node: nothing needs to listen on its network address.
+            self._config = self._config.model_copy(update={"tcp": "never"})
 
     async def open(self) -> PoolAccess:
         """Bring the pool up. PoolExistsError when the name is taken; whatever else fails, also a cancellation, leaves nothing."""
@@ -57,13 +62,20 @@ class PoolDriver:
         endpoints.sweep(config.pool)
         tensors.sweep(config.pool)
         setup = PoolSetup(config=config, keys=PoolKeys.make(), environment=forwarded_environment(config.forward_env))
-        controller = await asyncio.to_thread(_create_controller, setup)
-        self._is_made = True
+        controller = await _to_its_end(self._make_controller, setup)
         if config.lifetime == "scoped":
-            self._sentinel = await asyncio.to_thread(_create_sentinel, config.pool)
+            await _to_its_end(self._make_sentinel)
         limits = config.timeouts
         limit_s = limits.capacity_s * 2 + limits.engine_start_s + limits.control_s * 2
         return await remote_call(controller.start.remote(), limit_s=limit_s, what=f"pool {config.pool!r}: start")
+
+    def _make_controller(self, setup: PoolSetup) -> Any:
+        controller = _create_controller(setup)
+        self._is_made = True
+        return controller
+
+    def _make_sentinel(self) -> None:
+        self._sentinel = _create_sentinel(self._config.pool)
 
     async def _undo(self) -> None:
         try:
@@ -105,6 +117,16 @@ class PoolDriver:
         until_s = time.monotonic() + self._config.timeouts.stop_s
         while named_actors(self._config.pool) and time.monotonic() < until_s:
             time.sleep(_POLL_S)
+
+
+async def _to_its_end(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Run in a thread; a cancellation waits for its end, since what it makes must be known before it can be undone."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _create_controller(setup: PoolSetup) -> Any:

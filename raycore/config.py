@@ -6,7 +6,7 @@ import fnmatch
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import pydantic
@@ -69,6 +69,10 @@ class HealthConfig(msgspec.Struct, frozen=True, kw_only=True):
     grace_s: float = 1.0
 
 
+_GROUPS: dict[str, type[msgspec.Struct]] = {"timeouts": Timeouts, "limits": Limits, "health": HealthConfig}
+MAY_BE_ZERO = frozenset({"drain_s", "disconnect_grace_s", "grace_s", "inline_tensor_bytes"})
+
+
 class PoolConfig(pydantic.BaseModel):
     """All that a deployment is, as `launch` takes it. Unknown names are errors."""
 
@@ -104,6 +108,29 @@ class PoolConfig(pydantic.BaseModel):
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
     health: HealthConfig = HealthConfig()
+
+    @pydantic.field_validator("timeouts", "limits", "health", mode="before")
+    @classmethod
+    def _from_mapping(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """A mapping of some of the group's values is as good as the struct."""
+        kind = _GROUPS[info.field_name or ""]
+        if not isinstance(value, dict):
+            return value
+        settings = cast("Mapping[str, Any]", value)
+        unknown = [name for name in settings if name not in kind.__struct_fields__]
+        if unknown:
+            msg = f"no such setting: {', '.join(unknown)}"
+            raise ValueError(msg)
+        return msgspec.convert(settings, kind)
+
+    @pydantic.field_validator("timeouts", "limits", "health")
+    @classmethod
+    def _positive(cls, value: msgspec.Struct) -> msgspec.Struct:
+        for name in value.__struct_fields__:
+            if not getattr(value, name) > 0 and name not in MAY_BE_ZERO:
+                msg = f"{name} must be more than 0"
+                raise ValueError(msg)
+        return value
 
     @pydantic.field_validator("pool")
     @classmethod

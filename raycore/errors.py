@@ -190,6 +190,11 @@ class ClientClosedError(RaycoreError):
     """The client was shut down while, or before, this was asked."""
 
 
+def sendable(text: str) -> str:
+    """`text` without lone surrogates, which an undecodable file name brings into a message and which no encoder takes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
 class ErrorRecord(msgspec.Struct, frozen=True, array_like=True):
     """An error on the wire: the type's name, its text, and optionally the remote traceback."""
 

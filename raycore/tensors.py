@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from raycore.errors import FrameError
+from raycore.transport.endpoints import is_process_alive
 
 EXTENSION_CODE = 1
 _MAX_DIMENSION = 1 << 40
@@ -162,22 +163,12 @@ def sweep(pool: str) -> int:
         return 0
     for name in names:
         match = _FILE_NAME.fullmatch(name)
-        if match is None or match[1] != pool or _process_exists(int(match[2])):
+        if match is None or match[1] != pool or is_process_alive(int(match[2])):
             continue
         with contextlib.suppress(OSError):
             (SHARED_MEMORY_DIRECTORY / name).unlink()
             removed += 1
     return removed
-
-
-def _process_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def as_bytes(tensor: Any) -> tuple[TensorHeader, memoryview]:

@@ -109,7 +109,7 @@ class Door:
         return column
 
     def _check_fit(self, column: array[int], params: SamplingParams, priority: int) -> None:
-        if not -MAX_TOKENS <= priority <= MAX_TOKENS:
+        if not isinstance(priority, int) or not -MAX_TOKENS <= priority <= MAX_TOKENS:
             msg = f"priority must be an int32, not {priority!r}"
             raise InvalidRequestError(msg)
         if len(column) >= self._info.max_model_len:

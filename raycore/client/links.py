@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -103,7 +104,16 @@ class SocketLinks:
         if self._watch is not None:
             await self._watch.close()
             self._watch = None
-        await asyncio.to_thread(self._context.term)
+        # term() waits for farewells (LINGER bounds each), so not on the loop; a plain thread, since the loop's executor may be gone at exit
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def end() -> None:
+            self._context.term()
+            loop.call_soon_threadsafe(ended.set_result, None)
+
+        threading.Thread(target=end, name="raycore-farewell", daemon=True).start()
+        await asyncio.shield(ended)
 
     def _goes_over_tcp(self, member: Member) -> bool:
         return not is_same_host(member.endpoints) if self._use_tcp is None else self._use_tcp

@@ -188,19 +188,25 @@ class EngineSession:
     def _encode_tensors(self, record: RequestRecord) -> msgspec.Raw:
         self._discard_files(record)
         try:
-            encoded = self._encoder.encode_part(record.tensors)
+            return self._encoder.encode_part(record.tensors)
+        except TypeError:
+            if self._files is not None:
+                self._files.discard_all()
+            raise
         finally:
             record.files = () if self._files is None else self._files.take_names()
-        return encoded
 
     def call(self, call_id: CallId, method: str, arguments: msgspec.Struct) -> None:
         """Send a utility call. TypeError for arguments that cannot be sent."""
         try:
             encoded = self._encoder.encode_part(arguments)
-        finally:
-            names = () if self._files is None else self._files.take_names()
-            if names:
-                self._call_files[call_id] = names
+        except TypeError:
+            if self._files is not None:
+                self._files.discard_all()
+            raise
+        names = () if self._files is None else self._files.take_names()
+        if names:
+            self._call_files[call_id] = names
         self._post(Call(call_id, method, encoded))
 
     def end_call(self, call_id: CallId) -> None:

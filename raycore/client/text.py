@@ -24,7 +24,12 @@ class TextBuilder:
         named, where the last token completed it.
         """
         spoken = [token for token in token_ids if token not in self._silent]
-        if not (is_last and isinstance(stop_reason, str) and spoken):
+        if is_last and isinstance(stop_reason, str) and not spoken:
+            # a replay that was over on arrival: what completed the stop string had come before
+            text = self._held + self._detokenizer.flush()
+            cut = text.rfind(stop_reason)
+            return text if cut < 0 else text[:cut]
+        if not (is_last and isinstance(stop_reason, str)):
             text = self._held + self._detokenizer.push(spoken)
             if is_last:
                 text += self._detokenizer.flush()

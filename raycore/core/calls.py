@@ -13,7 +13,7 @@ import msgspec
 from raycore.core.profiler import Profiler, PythonTrace
 from raycore.core.sessions import Session
 from raycore.engine import Engine
-from raycore.errors import ErrorRecord, FrameError, InvalidArgumentsError, NotSupportedError, UnknownOperationError
+from raycore.errors import ErrorRecord, FrameError, InvalidArgumentsError, NotSupportedError, UnknownOperationError, sendable
 from raycore.ids import CallId
 from raycore.operations import OPERATIONS, Arguments, CollectiveRpcArguments, Operation, ProfileArguments
 
@@ -86,12 +86,7 @@ def find_operation(name: str) -> Operation:
 
 def error_record(error: BaseException) -> ErrorRecord:
     """An error as it travels: type, text and traceback."""
-    text = _sendable(str(error) or repr(error))
+    text = sendable(str(error) or repr(error))
     if isinstance(error, FrameError):
         return ErrorRecord(InvalidArgumentsError.__name__, text)
-    return ErrorRecord(type(error).__name__, text, _sendable("".join(traceback.format_exception(error))))
-
-
-def _sendable(text: str) -> str:
-    """Without lone surrogates, which an undecodable file name brings into a message."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return ErrorRecord(type(error).__name__, text, sendable("".join(traceback.format_exception(error))))

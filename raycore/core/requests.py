@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import msgspec
 import numpy as np
 
 from raycore.core.sessions import Session
 from raycore.engine import EMPTY, Detail, StepOutput, TokenArray
+from raycore.errors import sendable
 from raycore.ids import Slot
 from raycore.messages import StepColumns
 
@@ -153,7 +155,7 @@ class RequestTable:
         for handle, detail in details:
             session = self._owner[handle]
             if session is not None:
-                by_session.setdefault(session.id, []).append((Slot(int(self._slot_of[handle])), detail))
+                by_session.setdefault(session.id, []).append((Slot(int(self._slot_of[handle])), _sendable(detail)))
         return by_session
 
     def _first_offsets(self, handles: TokenArray) -> dict[bytes, list[tuple[Slot, int]]]:
@@ -215,3 +217,8 @@ class RequestTable:
         assert used == set(self.handles()), "sessions and table disagree"  # noqa: S101
         assert not used.intersection(self._free), "a handle is both used and free"  # noqa: S101
         assert len(used) + len(self._free) == self._size, "a handle was lost"  # noqa: S101
+
+
+def _sendable(detail: Detail) -> Detail:
+    reason = sendable(detail.stop_reason) if isinstance(detail.stop_reason, str) else detail.stop_reason
+    return msgspec.structs.replace(detail, stop_reason=reason, error_message=sendable(detail.error_message))

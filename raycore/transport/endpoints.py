@@ -23,6 +23,20 @@ def this_host() -> str:
     return socket.gethostname()
 
 
+def is_process_alive(pid: int) -> bool:
+    """Whether a process exists and still runs; one that is dead and not reaped yet does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with contextlib.suppress(OSError, IndexError):
+        # the state follows the name, which is in parentheses and may hold anything
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    return True
+
+
 def _user_root() -> Path:
     root = _ROOT / f"raycore-{os.getuid()}"
     root.mkdir(mode=0o700, exist_ok=True)
@@ -53,7 +67,7 @@ def sweep(pool: str) -> int:
         return 0
     for directory in root.iterdir():
         match = _DIRECTORY_NAME.fullmatch(directory.name)
-        if match is None or match[1] != pool or Path(f"/proc/{match[2]}").exists():
+        if match is None or match[1] != pool or is_process_alive(int(match[2])):
             continue
         shutil.rmtree(directory, ignore_errors=True)
         removed += 1
