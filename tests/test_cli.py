@@ -81,7 +81,8 @@ class FakeClient:
     async def __aexit__(self, *_: object) -> None:
         pass
 
-    async def generate(self, prompt: str, _sampling: object) -> Any:
+    async def generate(self, prompt: str, _sampling: object, *, detokenize: bool) -> Any:
+        assert detokenize
         rank = self.asked % 2
         self.asked += 1
         half = len(prompt) // 2

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 RAYCORE = [sys.executable, "-c", "import sys; from raycore.cli import run; sys.exit(run(sys.argv[1:]))"]
@@ -50,6 +54,33 @@ def test_the_demo_succeeds() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The capital of France is Paris." in done.stdout
     assert "2 ranks served, all 6 texts equal" in done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("started", ["GCS", "controller", "engine"])
+def test_an_interrupt_while_the_pool_starts_exits_with_130_and_leaves_nothing(started: str) -> None:
+    patterns = {"GCS": "gcs_server", "controller": "ray::ControllerActor", "engine": "ray::EngineActor"}
+    arguments = [*RAYCORE, "generate", "one", "--engine", "echo"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_descendant(process, patterns[started])
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert not list(Path("/tmp").glob(f"raycore-*/generate*-{process.pid}.*"))
+
+
+def wait_for_descendant(process: subprocess.Popen[str], words: str) -> None:
+    """Wait until the process has a descendant whose command line holds `words`; or has ended."""
+    until_s = time.monotonic() + LIMIT_S
+    parent = psutil.Process(process.pid)
+    while process.poll() is None and time.monotonic() < until_s:
+        for child in parent.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if words in " ".join(child.cmdline()):
+                    return
+        time.sleep(0.01)
+    pytest.fail(f"no {words} was started")
 
 
 @pytest.mark.ray

@@ -25,6 +25,8 @@ from raycore.errors import (
 from raycore.messages import CallResult
 from raycore.operations import FanOut, Operation
 
+_LONGEST_S = 1e9
+
 
 class UtilityDesk:
     """Every call ends by its reply, its deadline, a cancel, the loss of its engine or session, or the end of the client."""
@@ -136,7 +138,7 @@ class UtilityDesk:
         return operation, struct
 
     async def _send(self, operation: Operation, arguments: msgspec.Struct, session: EngineSession, timeout_s: float | None) -> Any:
-        limit_s = timeout_s if timeout_s is not None else operation.timeout_s or self._timeouts.call_s
+        limit_s = _checked(timeout_s, operation.name) or operation.timeout_s or self._timeouts.call_s
         call_id, future = self._table.open(operation, session, limit_s)
         try:
             session.call(call_id, operation.name, arguments)
@@ -148,6 +150,16 @@ class UtilityDesk:
                 msg = f"{operation.name}: an argument {error}"
                 raise InvalidArgumentsError(msg, method=operation.name) from error
             raise
+
+
+def _checked(timeout_s: object, method: str) -> float | None:
+    """A deadline as a number of seconds; InvalidArgumentsError for what is none."""
+    if timeout_s is None:
+        return None
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < _LONGEST_S:
+        msg = f"{method}: timeout_s must be a number of seconds above 0, not {timeout_s!r}"
+        raise InvalidArgumentsError(msg, method=method)
+    return timeout_s
 
 
 def _raise_first(results: dict[int, Any]) -> None:

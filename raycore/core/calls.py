@@ -62,7 +62,12 @@ class CallDispatcher:
             msg = f"the engine {self._engine.info.engine!r} has no RPC method {arguments.method!r}; it has: {known}"
             raise NotSupportedError(msg, method="collective_rpc")
         try:
-            inspect.signature(method).bind(*arguments.args, **arguments.kwargs)
+            signature = inspect.signature(method)
+        except ValueError:
+            signature = None  # a builtin that does not tell; it checks for itself
+        try:
+            if signature is not None:
+                signature.bind(*arguments.args, **arguments.kwargs)
         except TypeError as error:
             msg = f"{arguments.method}: {error}"
             raise InvalidArgumentsError(msg, method="collective_rpc") from error

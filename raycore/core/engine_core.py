@@ -170,6 +170,7 @@ class EngineCore:
             return
         self._housekeeping_due_s = now_s + _HOUSEKEEPING_S
         self._sessions.expire(now_s)
+        self._sessions.keep_in_touch(self.progress.load, now_s)
         if self._stop_by_s is not None and (now_s >= self._stop_by_s or len(self._admission) == 0):
             self._end()
 

@@ -13,6 +13,9 @@ from raycore.messages import Attach, EngineFrame, SessionExpired, ToClient
 from raycore.tensors import SharedMemoryFiles
 from raycore.transport.channel import Buffer, EngineListener, SendResult
 
+_QUIET_S = 0.5
+"""With the grace and a housekeeping round, a client that dies is noticed within two seconds, whatever it was doing."""
+
 
 class Session:
     """One client's conversation with this engine core."""
@@ -28,6 +31,7 @@ class Session:
         "handle_of",
         "id",
         "last_heard_s",
+        "last_sent_s",
         "lease_s",
         "next_in",
         "next_out",
@@ -42,6 +46,7 @@ class Session:
         self.pid = attach.pid
         self.lease_s = attach.lease_s
         self.last_heard_s = now_s
+        self.last_sent_s = now_s
         self.gone_since_s: float | None = None
         self.next_in = 0
         self.next_out = 0
@@ -116,12 +121,21 @@ class SessionTable:
         dirty, self._dirty = self._dirty, []
         for session in dirty:
             items = session.outbox
-            if not items:
-                continue
-            session.outbox = []
-            frame = EngineFrame(session.next_out, session.ack, load, len(session.handle_of), items)
-            session.next_out += 1
-            self._send(session, session.encoder.encode(frame), now_s)
+            if items:
+                session.outbox = []
+                self._send_items(session, items, load, now_s)
+
+    def keep_in_touch(self, load: EngineLoad, now_s: float) -> None:
+        """An empty frame to sessions that were told nothing for a while: they learn the load, and a client that is gone is noticed."""
+        for session in self.all():
+            if now_s - session.last_sent_s > _QUIET_S and not session.backlog:
+                self._send_items(session, [], load, now_s)
+
+    def _send_items(self, session: Session, items: list[ToClient], load: EngineLoad, now_s: float) -> None:
+        frame = EngineFrame(session.next_out, session.ack, load, len(session.handle_of), items)
+        session.next_out += 1
+        session.last_sent_s = now_s
+        self._send(session, session.encoder.encode(frame), now_s)
 
     def tell_expired(self, session_id: bytes, reason: str) -> None:
         """Answer a frame of a session that is not known (any more)."""
