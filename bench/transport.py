@@ -1,4 +1,4 @@
-"""The data plane: async client and echo engine in different processes, all that the product does switched on, beside floors of the same run.
+"""The data plane: async client and echo engine in different processes, with all that the product does, beside floors of the same run.
 
 python -m bench.transport [--json FILE] [--repeat N] [--skip-ray]
 """

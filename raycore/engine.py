@@ -20,6 +20,9 @@ TokenArray = NDArray[np.uint32]
 EMPTY: TokenArray = np.empty(0, dtype=np.uint32)
 
 
+MAKE_TRACE = "make_trace"
+
+
 class FinishReason(enum.IntEnum):
     """Why a request ended; the byte in a step's `reasons` column."""
 
@@ -148,7 +151,10 @@ class Engine(Protocol):
         ...
 
     def utilities(self) -> Mapping[str, Callable[..., Any]]:
-        """Operations of `raycore/operations.py` that this engine implements, by name; called with keyword arguments on the step thread."""
+        """Operations of `raycore/operations.py` that this engine implements, by name; called with keyword arguments on the step thread.
+
+        Beside them, under MAKE_TRACE, the maker of what `profile` records of this engine (`raycore/core/profiler.py`: `Trace`).
+        """
         ...
 
     def rpc_methods(self) -> Mapping[str, Callable[..., Any]]:

@@ -12,7 +12,7 @@ import msgspec
 
 from raycore.core.profiler import Profiler, PythonTrace
 from raycore.core.sessions import Session
-from raycore.engine import Engine
+from raycore.engine import MAKE_TRACE, Engine
 from raycore.errors import ErrorRecord, FrameError, InvalidArgumentsError, NotSupportedError, UnknownOperationError, sendable
 from raycore.ids import CallId
 from raycore.operations import OPERATIONS, Arguments, CollectiveRpcArguments, Operation, ProfileArguments
@@ -76,7 +76,7 @@ class CallDispatcher:
     def _profile(self, arguments: ProfileArguments, _token: CallToken) -> str:
         if not arguments.start:
             return self.profiler.stop()
-        make_trace = self._engine.utilities().get("make_trace", PythonTrace)
+        make_trace = self._engine.utilities().get(MAKE_TRACE, PythonTrace)
         return self.profiler.start(arguments, make_trace())
 
 

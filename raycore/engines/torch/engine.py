@@ -11,6 +11,7 @@ import torch
 
 from raycore.engine import (
     EMPTY,
+    MAKE_TRACE,
     Activity,
     Detail,
     EngineInfo,
@@ -32,6 +33,7 @@ from raycore.engines.torch.sampler import Choice, sample
 from raycore.engines.torch.scheduler import Chunk, Scheduler
 from raycore.engines.torch.sequence import Sequence as TokenSequence
 from raycore.engines.torch.stops import Stop, StopChecker
+from raycore.engines.torch.trace import TorchTrace
 from raycore.errors import ConfigurationError
 from raycore.sampling import SamplingParams
 from raycore.tokenizer import Tokenizer
@@ -165,7 +167,7 @@ class TorchEngine:
 
     def utilities(self) -> Mapping[str, Callable[..., Any]]:
         """The operations of the table that this engine implements."""
-        return {"reset_prefix_cache": self.reset_prefix_cache}
+        return {"reset_prefix_cache": self.reset_prefix_cache, MAKE_TRACE: TorchTrace}
 
     def rpc_methods(self) -> Mapping[str, Callable[..., Any]]:
         """Facts about weights, memory and cache."""
