@@ -23,6 +23,7 @@ from raycore.messages import (
     Call,
     CallResult,
     ClientFrame,
+    Detach,
     Refused,
     Renew,
     SessionExpired,
@@ -32,7 +33,7 @@ from raycore.sampling import SamplingParams
 from raycore.tensors import EXTENSION_CODE
 from tests.support.engine_process import CoreState, Pool, client_of, expected
 from tests.support.raw_peer import RawPeer
-from tests.support.waiting import until
+from tests.support.waiting import until, wait_until
 
 PROMPT = np.array([1, 2, 3], np.uint32).tobytes()
 
@@ -43,11 +44,13 @@ def add(slot: int = 0, **sampling: Any) -> Add:
 
 @pytest.fixture
 def peer(pool: Pool) -> Any:
+    sessions = pool.engine.state().sessions
     with RawPeer(pool.engine.member, pool.name) as raw:
         raw.attach()
         assert raw.item(Attached)
         yield raw
-        raw.leave()
+        raw.send(Detach())
+        wait_until(lambda: pool.engine.state().sessions <= sessions, "the session is over")
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ import zmq
 
 from raycore.codec import FrameDecoder, FrameEncoder
 from raycore.membership import Member
-from raycore.messages import PROTOCOL_VERSION, Attach, ClientFrame, Detach, EngineFrame, Renew, SessionExpired
+from raycore.messages import PROTOCOL_VERSION, Attach, ClientFrame, EngineFrame
 from raycore.tensors import TensorReader
 
 
@@ -55,12 +55,6 @@ class RawPeer:
 
     def send_raw(self, *parts: bytes) -> None:
         self.socket.send_multipart(parts)
-
-    def leave(self) -> None:
-        """End the session and wait until the engine has heard of it."""
-        self.send(Detach())
-        self.send(Renew())
-        self.item(SessionExpired)
 
     def frame(self, limit_s: float = 10.0) -> EngineFrame | None:
         """The next frame, or None when there is none within the limit."""
