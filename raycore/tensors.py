@@ -105,6 +105,11 @@ class SharedMemoryFiles:
         with contextlib.suppress(OSError):
             (SHARED_MEMORY_DIRECTORY / name).unlink()
 
+    @property
+    def has_names(self) -> bool:
+        """Whether something was written since the last `take_names`."""
+        return bool(self._names)
+
     def take_names(self) -> tuple[str, ...]:
         """Names written since the last call; the caller discards them when their request or call ends."""
         names = tuple(self._names)
@@ -240,6 +245,12 @@ class TensorReader:
             self._buffers = message[1:]
             if self._mapped:
                 self._mapped = {}
+
+    def release(self) -> None:
+        """The message is done with: what nobody kept of its files is given back to the system now, which takes a while for large ones."""
+        if self._mapped:
+            self._mapped = {}
+        self._message, self._buffers = None, ()
 
     def tensor(self, code: int, data: memoryview) -> Any:
         """The decoder's hook for extensions. FrameError when the header does not fit its bytes."""

@@ -26,6 +26,8 @@ def arguments_of(method: str, values: dict[str, Any]) -> tuple[Operation, Argume
     if operation is None:
         msg = f"{method!r} is not a declared operation; there are: {', '.join(OPERATIONS)}"
         raise UnknownOperationError(msg, method=method)
+    if not values and method in _WITHOUT_ARGUMENTS:
+        return _WITHOUT_ARGUMENTS[method]
     fields = _FIELDS[method]
     unknown = values.keys() - fields.keys()
     if unknown:
@@ -46,6 +48,12 @@ def arguments_of(method: str, values: dict[str, Any]) -> tuple[Operation, Argume
 
 _FIELDS = {operation.name: {field.name: field for field in msgspec.structs.fields(operation.arguments)} for operation in TABLE}
 """Looked up once: asking a struct for its fields costs more than a call."""
+
+_WITHOUT_ARGUMENTS = {
+    name: (OPERATIONS[name], OPERATIONS[name].arguments())
+    for name, fields in _FIELDS.items()
+    if not any(f.required for f in fields.values())
+}
 
 
 class AsyncOperations:

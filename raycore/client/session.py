@@ -204,9 +204,8 @@ class EngineSession:
             if self._files is not None:
                 self._files.discard_all()
             raise
-        names = () if self._files is None else self._files.take_names()
-        if names:
-            self._call_files[call_id] = names
+        if self._files is not None and self._files.has_names:
+            self._call_files[call_id] = self._files.take_names()
         self._post(Call(call_id, method, encoded))
 
     def end_call(self, call_id: CallId) -> None:

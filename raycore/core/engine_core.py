@@ -110,6 +110,7 @@ class EngineCore:
         now_s = self._clock()
         self._housekeeping(now_s)
         self._sessions.flush(self.progress.load, now_s)
+        self._intake.release()
         return self._can_step()
 
     def fail(self, error: BaseException) -> None:

@@ -68,9 +68,9 @@ class FrameIntake:
         self._membership = membership
         self._clock = clock
         self._pool = membership().pool
-        reader = TensorReader(self._pool)
-        self._decoder = FrameDecoder(ClientFrame, reader)
-        self._raw_decoder = FrameDecoder(_RawFrame, reader)
+        self._reader = TensorReader(self._pool)
+        self._decoder = FrameDecoder(ClientFrame, self._reader)
+        self._raw_decoder = FrameDecoder(_RawFrame, self._reader)
 
     def take(self, session_id: bytes, message: Message) -> tuple[Session, list[ToEngine]] | None:
         """The session and its new items, or None when there is nothing to do."""
@@ -92,6 +92,10 @@ class FrameIntake:
             self._sessions.end(session, reason)
             return None
         return self._accept(session, frame)
+
+    def release(self) -> None:
+        """The messages of this turn are done with."""
+        self._reader.release()
 
     def decode_arguments(self, raw: msgspec.Raw, kind: Any) -> Any:
         """Decode a part of the message that was taken last. FrameError when it does not fit."""
