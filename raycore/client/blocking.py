@@ -109,11 +109,12 @@ class BlockingStream:
         return self
 
     def __next__(self) -> RequestOutput:
-        """The next new tokens."""
-        try:
-            return self._turner.run(_next(self._stream))
-        except _StreamEndError:
-            raise StopIteration from None
+        """The next new tokens. They are taken only once the wait is over, so that Ctrl-C at any moment loses none of them."""
+        self._turner.run(self._stream.wait())
+        output = self._stream.take()
+        if output is None:
+            raise StopIteration
+        return output
 
     def collect(self) -> RequestOutput:
         """All tokens and text from here to the end."""
@@ -128,17 +129,6 @@ class BlockingStream:
 
     def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         self.close()
-
-
-class _StreamEndError(Exception):
-    """StopAsyncIteration cannot leave a coroutine."""
-
-
-async def _next(stream: RequestStream) -> RequestOutput:
-    try:
-        return await stream.__anext__()
-    except StopAsyncIteration:
-        raise _StreamEndError from None
 
 
 class _BlockingCalls:
@@ -247,7 +237,11 @@ class BlockingClient:
 
     def outputs(self) -> list[RequestOutput]:
         """Everything new of all requests made with `add_request`; waits for at least one output."""
-        return self._run(lambda client: client.outputs())
+        while True:
+            self._run(lambda client: client.wait_for_outputs())
+            outputs = self._client.take_outputs()
+            if outputs:
+                return outputs
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
         """End requests early."""

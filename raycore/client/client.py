@@ -184,8 +184,20 @@ class EngineCoreClient:
 
     async def outputs(self) -> list[RequestOutput]:
         """Everything new of all requests made with `add_request`, at least one output; a failed request's last output has `error` set."""
+        while True:
+            await self.wait_for_outputs()
+            outputs = self.take_outputs()
+            if outputs:
+                return outputs
+
+    async def wait_for_outputs(self) -> None:
+        """Until `take_outputs` has something to give."""
         self._check_open()
-        return await self._requests.outputs()
+        await self._requests.wait_for_mail()
+
+    def take_outputs(self) -> list[RequestOutput]:
+        """What `outputs()` would give, without waiting; from one thread at a time."""
+        return self._requests.take_mail()
 
     async def abort_requests(self, request_ids: Iterable[str]) -> None:
         """End requests early; ids that are not in flight are ignored. Each ends with finish reason "abort"."""

@@ -133,16 +133,17 @@ class RequestRecord:
         return self.cursor < len(self.tokens) or self.is_finished
 
     def take(self) -> RequestOutput:
-        """The output since the last call."""
+        """The output since the last call; from one thread at a time, which need not be the loop's."""
+        # the end before the tokens: the loop's thread adds tokens before it sets an end, so with an end in hand they are all there
+        reason, error = self.finish_reason, self.error
         tokens = self.tokens
         new = tokens[self.cursor :] if self.cursor else tokens[:]
         self.cursor += len(new)
-        reason = self.finish_reason
         detail = self.detail
         stop_reason = detail.stop_reason if detail is not None else None
         text = ""
         if self.text is not None:
-            text = self.text.push(new, is_last=self.is_finished, stop_reason=stop_reason)
+            text = self.text.push(new, is_last=reason is not None or error is not None, stop_reason=stop_reason)
         return RequestOutput(
             self.request_id,
             new,
@@ -152,5 +153,5 @@ class RequestRecord:
             self.served_rank,
             self.prompt_tokens,
             self.was_replayed,
-            self.error,
+            error,
         )

@@ -97,16 +97,24 @@ class RequestDesk:
         """End requests early, one message per engine; ids that are not in flight are ignored."""
         self._abort_all([self._records[i] for i in dict.fromkeys(request_ids) if i in self._records])
 
-    async def outputs(self) -> list[RequestOutput]:
-        """Everything new of all mailed requests, at least one output."""
+    async def wait_for_mail(self) -> None:
+        """Until a mailed request has something new. ClientClosedError when the client ends and nothing is left to read."""
         while not self._mail:
             if self._closed is not None:
                 raise self._closed
             if self._reader is None or self._reader.done():
                 self._reader = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._reader)
-        ready, self._mail = self._mail, {}
-        return [record.take() for record in ready.values()]
+
+    def take_mail(self) -> list[RequestOutput]:
+        """Everything new of all mailed requests; also from another thread than the loop's, so each step is one that the loop cannot split."""
+        outputs: list[RequestOutput] = []
+        for _ in range(len(self._mail)):
+            _, record = self._mail.popitem()
+            if record.has_news():
+                outputs.append(record.take())
+        outputs.reverse()  # popitem begins at the newest
+        return outputs
 
     async def wait_until_idle(self, timeout_s: float) -> bool:
         """Wait until no request is in flight; whether it came so far in time."""
@@ -182,6 +190,10 @@ class RequestDesk:
             session = fleet.of_ledger(self._router.choose(fleet.usable))
         else:
             raise fleet.no_engine()
+        if session.is_full and record.pinned_rank is None:
+            free = [ledger for ledger in fleet.usable if not fleet.of_ledger(ledger).is_full]
+            if free:
+                return fleet.of_ledger(self._router.choose(free))
         if session.is_full:
             msg = f"{session.engine} has as many requests of this client as a session may have"
             raise AdmissionError(msg, request_id=record.request_id)

@@ -45,20 +45,36 @@ class RequestStream:
 
     async def __anext__(self) -> RequestOutput:
         """The next new tokens. Raises the request's typed error when it failed."""
-        if self._is_over:
-            raise StopAsyncIteration
         record = self._record
         while record.cursor >= len(record.tokens) and record.finish_reason is None and record.error is None:
             record.waiter = self._loop.create_future()
             await record.waiter
+        output = self.take()
+        if output is None:
+            raise StopAsyncIteration
+        return output
+
+    async def wait(self) -> None:
+        """Until `take` has something to give."""
+        record = self._record
+        while not self._is_over and not record.has_news():
+            record.waiter = self._loop.create_future()
+            await record.waiter
+
+    def take(self) -> RequestOutput | None:
+        """What is new, without waiting; None once the stream is over. Raises the request's typed error when it failed."""
+        if self._is_over:
+            return None
+        record = self._record
         if record.error is not None:
             if record.cursor < len(record.tokens):
                 return record.take()  # what was delivered first, then the error
             self._is_over = True
             raise record.error
-        if record.finish_reason is not None:
+        output = record.take()
+        if output.finish_reason is not None:
             self._is_over = True
-        return record.take()
+        return output
 
     async def collect(self) -> RequestOutput:
         """Everything at once: all tokens and text from here to the end."""

@@ -149,7 +149,8 @@ class EngineCore:
                 case CancelCall():
                     self._desk.cancel(session, item)
                 case Renew():
-                    pass
+                    # answered, so that a client whose last frame from here was lost sees the gap
+                    self._sessions.answer(session, self.progress.load, self._clock())
                 case Detach():
                     self._sessions.end(session, "detached")
                     return  # what follows it in the frame has no session

@@ -131,6 +131,11 @@ class SessionTable:
             if now_s - session.last_sent_s > _QUIET_S and not session.backlog:
                 self._send_items(session, [], load, now_s)
 
+    def answer(self, session: Session, load: EngineLoad, now_s: float) -> None:
+        """An empty frame at once."""
+        if not session.backlog:
+            self._send_items(session, [], load, now_s)
+
     def _send_items(self, session: Session, items: list[ToClient], load: EngineLoad, now_s: float) -> None:
         frame = EngineFrame(session.next_out, session.ack, load, len(session.handle_of), items)
         session.next_out += 1
