@@ -107,7 +107,7 @@ class RequestDesk:
             await asyncio.shield(self._reader)
 
     def take_mail(self) -> list[RequestOutput]:
-        """Everything new of all mailed requests; also from another thread than the loop's, so each step is one that the loop cannot split."""
+        """Everything new of all mailed requests; also from another thread than the loop's, which cannot split a step of this."""
         outputs: list[RequestOutput] = []
         for _ in range(len(self._mail)):
             _, record = self._mail.popitem()

@@ -45,7 +45,7 @@ from raycore.tensors import SharedMemoryFiles, TensorReader
 from raycore.transport.channel import ClientChannel, Message
 
 _QUICK_LOSS_S = 1.0
-_ITEMS_A_FRAME = 48
+_ITEMS_A_FRAME = 128
 """A burst is sent in frames of so many items, so that the engine begins on it while the rest is still being made."""
 _OUTSIDE_THE_ORDER = -1
 """The number of frames that an engine sends to somebody with whom it has no session."""

@@ -67,6 +67,7 @@ class EngineCore:
         self._stop_by_s: float | None = None
         self._is_stopped = False
         self._takes_requests = membership.has(engine_id)
+        self._has_more = False
 
     # -- any thread -------------------------------------------------------------------------------------------------------
 
@@ -96,7 +97,7 @@ class EngineCore:
 
     def turn(self, *, may_wait: bool = True) -> bool:
         """Once around the loop; returns whether there is more to do at once."""
-        if may_wait and not self._can_step() and self._mail.empty():
+        if may_wait and not self._has_more and self._mail.empty():
             self._listener.wait(_BACKLOG_WAIT_S if self._sessions.has_backlog() else _IDLE_WAIT_S)
         while not self._mail.empty():
             self._mail.get()()
@@ -111,7 +112,8 @@ class EngineCore:
         self._housekeeping(now_s)
         self._sessions.flush(self.progress.load, now_s)
         self._intake.release()
-        return self._can_step()
+        self._has_more = self._can_step()
+        return self._has_more
 
     def fail(self, error: BaseException) -> None:
         """The loop is over: tell every session why."""

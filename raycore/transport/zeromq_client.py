@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +14,12 @@ from raycore.config import Limits
 from raycore.membership import Endpoints
 from raycore.transport.channel import Buffer, Message
 from raycore.transport.endpoints import this_host
+from raycore.transport.events import events_of
 from raycore.transport.keys import secure_client
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE_NOBLOCK = int(zmq.SNDMORE) | int(zmq.NOBLOCK)
-_EVENTS, _POLLIN, _POLLOUT, _RCVMORE, _FD = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.RCVMORE), int(zmq.FD)
+_POLLIN, _RCVMORE, _FD = int(zmq.POLLIN), int(zmq.RCVMORE), int(zmq.FD)
 _COPY_BELOW_BYTES = 1 << 16
 _MESSAGES_PER_WAKE_UP = 1024
 """Then the loop's other tasks get a turn."""
@@ -33,11 +33,6 @@ def new_context() -> zmq.Context[Any]:
 def is_same_host(endpoints: Endpoints) -> bool:
     """Whether the engine's ipc socket can be used from here."""
     return endpoints.host == this_host() and Path(endpoints.requests_ipc.removeprefix("ipc://")).exists()
-
-
-def _events(socket: zmq.Socket[Any]) -> int:
-    events = socket.getsockopt(_EVENTS)
-    return events if isinstance(events, int) else 0
 
 
 class ZmqClientChannel:
@@ -93,7 +88,7 @@ class ZmqClientChannel:
         if self._queue or not self._try_send(socket, message):
             self._queue.append(message)
         # the descriptor is edge-triggered, and a send processes the socket's commands: a message that came meanwhile raises no edge
-        if _events(socket) & _POLLIN:
+        if events_of(socket) & _POLLIN:
             self._schedule_drain()
 
     def close(self) -> None:
@@ -140,17 +135,16 @@ class ZmqClientChannel:
         if socket is None:
             return
         ready: list[Message] = []
-        with contextlib.suppress(zmq.Again):
-            while len(ready) < _MESSAGES_PER_WAKE_UP:
-                message: Message = [socket.recv(_NOBLOCK)]
-                while socket.getsockopt(_RCVMORE):
-                    message.append(socket.recv(copy=False).buffer)
-                ready.append(message)
+        while len(ready) < _MESSAGES_PER_WAKE_UP and events_of(socket) & _POLLIN:
+            message: Message = [socket.recv(_NOBLOCK)]
+            while socket.getsockopt(_RCVMORE):
+                message.append(socket.recv(copy=False).buffer)
+            ready.append(message)
         if ready and self._on_messages is not None:
             self._on_messages(ready)
         if self._socket is None:  # closed by the callback
             return
         while self._queue and self._try_send(socket, self._queue[0]):
             self._queue.popleft()
-        if _events(socket) & _POLLIN:
+        if events_of(socket) & _POLLIN:
             self._schedule_drain()
