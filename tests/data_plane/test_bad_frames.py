@@ -80,17 +80,15 @@ async def served_meanwhile(pool: Pool) -> AsyncIterator[CoreState]:
 async def test_500_random_messages_are_counted_and_disturb_nobody(pool: Pool) -> None:
     generator = random.Random(7)
     async with served_meanwhile(pool) as before:
-        for _ in range(5):
+        for round_ in range(1, 6):
             with RawPeer(pool.engine.member, pool.name) as stranger:
                 for _ in range(100):
                     stranger.send_raw(*(generator.randbytes(generator.choice([0, 1, 7, 80, 4000])) for _ in range(generator.randint(1, 3))))
                     await asyncio.sleep(0)
                 assert await asyncio.to_thread(stranger.item, BadFrame), "a bad frame is answered"
-                await until(lambda: not stranger.socket.poll(0) or stranger.socket.recv_multipart() is None, "answers are read")
-        await until(lambda: bad(pool) + stale(pool) >= before.bad_frames + before.stale_frames + 450, "they are counted")
-    after = pool.engine.state()
-    assert after.bad_frames - before.bad_frames >= 450
-    assert after.known_peers <= before.known_peers, "strangers are forgotten"
+                due = before.bad_frames + before.stale_frames + 100 * round_
+                await until(lambda due=due: bad(pool) + stale(pool) >= due, "each is counted")
+    assert pool.engine.state().known_peers <= before.known_peers, "strangers are forgotten"
 
 
 def bad(pool: Pool) -> int:
@@ -226,8 +224,7 @@ async def test_a_peer_that_claims_a_gigabyte_is_cut_off(pool: Pool, size: int) -
         writer.write(b"\x02" + size.to_bytes(8, "big") + b"x" * 1000)
         await writer.drain()
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-            while True:
-                await asyncio.wait_for(reader.readexactly(1), 10)
+            await asyncio.wait_for(reader.readexactly(1 << 20), 20)
         writer.close()
 
 

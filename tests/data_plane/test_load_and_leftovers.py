@@ -8,8 +8,10 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -24,63 +26,74 @@ STALL_S = 5.0
 """Nothing here takes more than milliseconds on an idle machine."""
 
 
-async def test_twenty_seconds_of_two_way_load_from_four_clients_without_a_stall(pool: Pool) -> None:
-    until_s = time.monotonic() + LOAD_S
-    done = {"streams": 0, "aborts": 0, "calls": 0, "timeouts": 0}
-    seen_at = [time.monotonic()]
+class Load:
+    """What four clients do to one engine until the time is over."""
 
-    def progress(kind: str) -> None:
-        done[kind] += 1
-        seen_at[0] = time.monotonic()
+    def __init__(self) -> None:
+        self.until_s = time.monotonic() + LOAD_S
+        self.done: Counter[str] = Counter()
+        self._seen_s = time.monotonic()
 
-    async def stream(client: Any, generator: random.Random) -> None:
-        while time.monotonic() < until_s:
+    @property
+    def goes_on(self) -> bool:
+        return time.monotonic() < self.until_s
+
+    def _progress(self, kind: str) -> None:
+        self.done[kind] += 1
+        self._seen_s = time.monotonic()
+
+    async def stream(self, client: Any, generator: random.Random) -> None:
+        while self.goes_on:
             prompt = [generator.randrange(300, 30_000) for _ in range(generator.randint(1, 40))]
             count = generator.randint(1, 120)
             output = await client.generate(prompt, SamplingParams(max_tokens=count)).collect()
             assert (output.token_ids, output.replayed) == (expected(prompt, count), False)
-            progress("streams")
+            self._progress("streams")
 
-    async def abort(client: Any, generator: random.Random) -> None:
-        while time.monotonic() < until_s:
+    async def abort(self, client: Any, generator: random.Random) -> None:
+        while self.goes_on:
             prompt = [generator.randrange(300, 30_000)] * 3
-            stream_ = client.generate(prompt, SamplingParams(max_tokens=100_000))
+            stream = client.generate(prompt, SamplingParams(max_tokens=100_000))
             for _ in range(generator.randint(0, 3)):
-                await anext(stream_)
-            await client.abort_requests([stream_.request_id])
-            output = await stream_.collect()
+                await anext(stream)
+            await client.abort_requests([stream.request_id])
+            output = await stream.collect()
             assert output.finish_reason == "abort"
             assert set(output.token_ids) <= set(prompt)
-            progress("aborts")
+            self._progress("aborts")
 
-    async def call(client: Any, generator: random.Random) -> None:
-        while time.monotonic() < until_s:
+    async def call(self, client: Any, generator: random.Random) -> None:
+        while self.goes_on:
             payload = bytes(generator.randrange(20_000))
             assert (await client.call("collective_rpc", rank=0, method="echo", args=[payload]))["args"] == [payload]
-            progress("calls")
+            self._progress("calls")
 
-    async def time_out(client: Any, generator: random.Random) -> None:
-        while time.monotonic() < until_s:
+    async def time_out(self, client: Any, generator: random.Random) -> None:
+        while self.goes_on:
             with pytest.raises(CallTimeoutError):
                 await client.operations.pause_scheduler(mode="wait", timeout_s=generator.uniform(0.01, 0.05))
-            progress("timeouts")
-            await asyncio.sleep(0.2)
+            self._progress("timeouts")
+            before = self.done["streams"]
+            await until(lambda before=before: self.done["streams"] > before or not self.goes_on, "streams go on after the pause")
 
-    async def watch() -> None:
-        while time.monotonic() < until_s:
-            assert time.monotonic() - seen_at[0] < STALL_S, f"a stall after {done}"
+    async def watch(self) -> None:
+        while self.goes_on:
+            assert time.monotonic() - self._seen_s < STALL_S, f"a stall after {self.done}"
             await asyncio.sleep(0.1)
 
+
+async def test_twenty_seconds_of_two_way_load_from_four_clients_without_a_stall(pool: Pool) -> None:
+    load = Load()
     async with client_of(pool) as one, client_of(pool) as two, client_of(pool) as three, client_of(pool) as four:
+        # somebody's long request keeps the engine busy, so that a waiting pause always has something to wait for
+        busy = one.generate([1, 2], SamplingParams(max_tokens=1_000_000))
+        await anext(busy)
         async with asyncio.timeout(LOAD_S + LIMIT_S), asyncio.TaskGroup() as group:
-            # somebody's long request keeps the engine busy, so that a waiting pause always has something to wait for
-            busy = one.generate([1, 2], SamplingParams(max_tokens=1_000_000))
-            await anext(busy)
-            group.create_task(watch())
+            group.create_task(load.watch())
             for number, client in enumerate((one, two, three, four)):
-                for kind in (stream,) * 16 + (abort,) * 4 + (call,) * 4:
+                for kind in (load.stream,) * 16 + (load.abort,) * 4 + (load.call,) * 4:
                     group.create_task(kind(client, random.Random(f"{number}{kind.__name__}")))
-            group.create_task(time_out(four, random.Random(4)))
+            group.create_task(load.time_out(four, random.Random(4)))
         await busy.aclose()
         for client in (one, two, three, four):
             assert client.in_flight() <= 1
@@ -89,7 +102,8 @@ async def test_twenty_seconds_of_two_way_load_from_four_clients_without_a_stall(
             while not await is_empty(one):
                 await asyncio.sleep(0.01)
         assert pool.engine.state().requests == 0
-        assert min(done.values()) > 10, done
+        assert min(load.done.values()) > 10, load.done
+        assert len(load.done) == 4
 
 
 async def test_a_client_leaves_no_thread_descriptor_file_or_task(pool: Pool) -> None:
@@ -120,8 +134,6 @@ async def test_a_client_leaves_no_thread_descriptor_file_or_task(pool: Pool) -> 
 
 
 async def test_a_client_whose_start_fails_leaves_nothing(pool: Pool) -> None:
-    import msgspec
-
     me = psutil.Process()
     member = msgspec.structs.replace(pool.engine.member, engine=msgspec.structs.replace(pool.engine.member.engine, incarnation="older"))
     membership = msgspec.structs.replace(pool.access.membership, members=(member,))

@@ -13,12 +13,13 @@ import zmq
 
 from raycore.config import Limits, Timeouts
 from raycore.errors import DeadlineError, EngineDeadError
-from raycore.messages import Attached
+from raycore.messages import Attached, Detach
 from raycore.sampling import SamplingParams
 from raycore.tensors import SHARED_MEMORY_DIRECTORY
 from raycore.transport.keys import curve_keys
 from tests.support.engine_process import Pool, client_of, echo_pool, expected, is_empty
 from tests.support.raw_peer import RawPeer
+from tests.support.waiting import LIMIT_S, wait_until
 
 NOT_LET_IN_S = 1.0
 """A good peer is answered in milliseconds."""
@@ -57,7 +58,9 @@ async def test_many_clients_at_once_are_served(pool: Pool) -> None:
 
 
 def test_the_right_keys_are_let_in(pool: Pool) -> None:
-    assert is_let_in(pool, (pool.engine.member.endpoints.server_key, pool.access.client_public_key, pool.access.client_secret_key))
+    assert is_let_in(
+        pool, (pool.engine.member.endpoints.server_key, pool.access.client_public_key, pool.access.client_secret_key), is_expected=True
+    )
 
 
 def test_an_unknown_client_key_is_not_let_in(pool: Pool) -> None:
@@ -76,15 +79,17 @@ def test_no_key_is_not_let_in(pool: Pool) -> None:
     assert not is_let_in(pool, None)
 
 
-def is_let_in(pool: Pool, keys: tuple[str, str, str] | None) -> bool:
+def is_let_in(pool: Pool, keys: tuple[str, str, str] | None, *, is_expected: bool = False) -> bool:
     before = pool.engine.state()
     with RawPeer(pool.engine.member, pool.name, keys=keys, over_tcp=True) as peer:
         peer.attach()
-        peer.send_raw(b"random")
-        answered = peer.item(Attached, NOT_LET_IN_S) is not None
+        answered = peer.item(Attached, LIMIT_S if is_expected else NOT_LET_IN_S) is not None
         after = pool.engine.state()
-        heard = (after.bad_frames, after.sessions) != (before.bad_frames, before.sessions)
-        assert answered == heard
+        assert answered == (after.sessions == before.sessions + 1)
+        assert after.bad_frames == before.bad_frames
+        if answered:
+            peer.send(Detach())
+        wait_until(lambda: pool.engine.state().sessions == before.sessions, "nothing of it is left")
         return answered
 
 

@@ -114,7 +114,9 @@ async def test_arguments_that_the_method_does_not_take_are_the_callers_error(poo
             await client.call("collective_rpc", rank=0, method="raise_error", **values)
 
 
-@pytest.mark.parametrize("kind", ["ZeroDivisionError", "ValueError", "KeyError", "CapacityError", "StopIteration", "TimeoutError", "OSError"])
+@pytest.mark.parametrize(
+    "kind", ["ZeroDivisionError", "ValueError", "KeyError", "CapacityError", "StopIteration", "TimeoutError", "OSError"]
+)
 async def test_a_remote_error_keeps_type_text_method_rank_and_traceback(pool: Pool, kind: str) -> None:
     async with client_of(pool) as client:
         with pytest.raises(RemoteCallError) as caught:
@@ -125,7 +127,13 @@ async def test_a_remote_error_keeps_type_text_method_rank_and_traceback(pool: Po
     assert "raise_error" in error.traceback
 
 
-ARRAYS = [np.arange(10, dtype=np.int16), np.zeros((3, 0)), np.full((), 2, np.float32), np.arange(100_000).reshape(100, 1000)[::2, ::3], np.ones(1 << 21)]
+ARRAYS = [
+    np.arange(10, dtype=np.int16),
+    np.zeros((3, 0)),
+    np.full((), 2, np.float32),
+    np.arange(100_000).reshape(100, 1000)[::2, ::3],
+    np.ones(1 << 21),
+]
 
 
 @pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype}{array.shape}")
@@ -186,26 +194,18 @@ async def test_a_late_result_leaves_no_file(pool: Pool) -> None:
         assert not list(SHARED_MEMORY_DIRECTORY.glob(f"raycore-{pool.name}-*"))
 
 
-@pytest.mark.parametrize("timeout_s", [0.0, -1.0, 1e-9])
-async def test_a_deadline_that_is_over_already_is_a_timeout_and_not_a_hang(pool: Pool, timeout_s: float) -> None:
+async def test_a_deadline_that_is_over_at_once_is_a_timeout_and_not_a_hang(pool: Pool) -> None:
     async with client_of(pool) as client:
         with pytest.raises(CallTimeoutError):
-            await client.call("collective_rpc", rank=0, method="sleep", args=[0.1], timeout_s=timeout_s)
+            await client.call("collective_rpc", rank=0, method="sleep", args=[0.1], timeout_s=1e-9)
 
 
-@pytest.mark.parametrize("timeout_s", [float("nan"), "soon"], ids=repr)
-async def test_a_deadline_that_is_no_number_is_refused(pool: Pool, timeout_s: Any) -> None:
+@pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), 0.0, -1.0, "soon"], ids=repr)
+async def test_a_deadline_that_is_no_positive_number_is_refused(pool: Pool, timeout_s: Any) -> None:
     async with client_of(pool) as client:
         with pytest.raises(UtilityError):
             await client.call("is_scheduler_paused", rank=0, timeout_s=timeout_s)
         assert await client.call("is_scheduler_paused", rank=0, timeout_s=5.0) is False
-
-
-async def test_no_deadline_may_be_asked_for(pool: Pool) -> None:
-    async with client_of(pool) as client:
-        assert await client.call("is_scheduler_paused", rank=0, timeout_s=float("inf")) is False
-        with pytest.raises(CallTimeoutError):
-            await client.call("collective_rpc", rank=0, method="sleep", args=[0.2], timeout_s=0.05)
 
 
 async def test_a_cancelled_call_is_forgotten_and_its_answer_dropped(pool: Pool) -> None:
@@ -234,19 +234,18 @@ async def test_a_waiting_pause_past_its_deadline_is_undone(pool: Pool) -> None:
 
 
 async def test_a_waiting_pause_that_is_cancelled_or_whose_client_leaves_is_undone(pool: Pool) -> None:
-    async with client_of(pool) as client:
-        async with client.generate([1, 2], LONG) as running:
-            await anext(running)
-            async with pool.client() as other:
-                left = asyncio.create_task(other.operations.pause_scheduler(mode="wait"))
-                cancelled = asyncio.create_task(client.operations.pause_scheduler(mode="wait"))
-                await wait_paused(client)
-                cancelled.cancel()
-                await asyncio.gather(cancelled, return_exceptions=True)
-                assert await client.operations.is_scheduler_paused(), "the other one waits still"
-            await asyncio.gather(left, return_exceptions=True)
-            assert (await asyncio.wait_for(client.generate([5], SamplingParams(max_tokens=3)).collect(), LIMIT_S)).token_ids == [5] * 3
-            assert await client.operations.is_scheduler_paused() is False
+    async with client_of(pool) as client, client.generate([1, 2], LONG) as running:
+        await anext(running)
+        async with pool.client() as other:
+            left = asyncio.create_task(other.operations.pause_scheduler(mode="wait"))
+            cancelled = asyncio.create_task(client.operations.pause_scheduler(mode="wait"))
+            await wait_paused(client)
+            cancelled.cancel()
+            await asyncio.gather(cancelled, return_exceptions=True)
+            assert await client.operations.is_scheduler_paused(), "the other one waits still"
+        await asyncio.gather(left, return_exceptions=True)
+        assert (await asyncio.wait_for(client.generate([5], SamplingParams(max_tokens=3)).collect(), LIMIT_S)).token_ids == [5] * 3
+        assert await client.operations.is_scheduler_paused() is False
 
 
 async def wait_paused(client: Any) -> None:

@@ -110,5 +110,3 @@ async def send_tensors(client: EngineCoreClient, say: Callable[[Any], None], siz
         await asyncio.gather(stream.collect(), call)
         sent += 1
         say(sent)
-
-

@@ -154,10 +154,14 @@ class Pool:
     def engine(self) -> EngineProcess:
         return self.engines[0]
 
-    def client(self, *, limits: Limits | None = None, health: HealthConfig | None = None, timeouts: Timeouts | None = None) -> EngineCoreClient:
+    def client(
+        self, *, limits: Limits | None = None, health: HealthConfig | None = None, timeouts: Timeouts | None = None
+    ) -> EngineCoreClient:
         limits = limits or self.access.limits
         links = SocketLinks(self.access, limits, use_tcp=self.use_tcp)
-        return EngineCoreClient(self.access, NoControlPlane(), links, limits=limits, health=health, timeouts=timeouts, tokenizer=ByteTokenizer())
+        return EngineCoreClient(
+            self.access, NoControlPlane(), links, limits=limits, health=health, timeouts=timeouts, tokenizer=ByteTokenizer()
+        )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""An engine that does what a test scripted, an engine core on the in-memory channel with a fake clock, and peers that speak frames by hand."""
+"""A scripted engine, an engine core on the in-memory channel with a fake clock, and peers that speak frames by hand."""
 
 from __future__ import annotations
 
@@ -218,10 +218,18 @@ class Peer:
         self.rig.listener.push(self.id, list(parts))
 
     def attach(self, *items: Any, **changes: Any) -> None:
-        fields: dict[str, Any] = {"version": PROTOCOL_VERSION, "pool": POOL, "incarnation": self.rig.id.incarnation, "lease_s": 30.0, **changes}
+        fields: dict[str, Any] = {
+            "version": PROTOCOL_VERSION,
+            "pool": POOL,
+            "incarnation": self.rig.id.incarnation,
+            "lease_s": 30.0,
+            **changes,
+        }
         self.send(Attach(client=f"peer-{self.id[-1]}", **fields), *items)
 
-    def add(self, slot: int, prompt: Sequence[int] = (1, 2, 3), *, name: str | None = None, delivered: Sequence[int] = (), **sampling: Any) -> Add:
+    def add(
+        self, slot: int, prompt: Sequence[int] = (1, 2, 3), *, name: str | None = None, delivered: Sequence[int] = (), **sampling: Any
+    ) -> Add:
         self._adds[slot] += 1
         column = np.array(prompt, np.uint32).tobytes()
         known = np.array(delivered, np.uint32).tobytes()
@@ -332,7 +340,7 @@ async def _turn(rig: Rig) -> None:
     while True:
         try:
             rig.core.turn(may_wait=False)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- as the core's own loop does
             rig.core.fail(error)
             return
         await asyncio.sleep(0)

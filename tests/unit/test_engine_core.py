@@ -96,7 +96,11 @@ def test_an_abort_named_twice_ends_once(rig: Rig) -> None:
 
 @pytest.mark.parametrize(
     ("error", "kind"),
-    [(RequestRefused("too odd"), "InvalidRequestError"), (ZeroDivisionError("by zero"), "ZeroDivisionError"), (MemoryError(), "MemoryError")],
+    [
+        (RequestRefused("too odd"), "InvalidRequestError"),
+        (ZeroDivisionError("by zero"), "ZeroDivisionError"),
+        (MemoryError(), "MemoryError"),
+    ],
 )
 def test_an_add_that_raises_fails_alone(rig: Rig, error: Exception, kind: str) -> None:
     rig.engine.add_errors["bad"] = error
@@ -170,8 +174,10 @@ def test_a_token_column_that_is_no_uint32_is_refused(rig: Rig) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 2**62}, {"min_tokens": 9, "max_tokens": 8}, {"min_tokens": -1}, {"temperature": -1.0},
-     {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": math.nan}, {"seed": -1}, {"stop": ("",)},
+    [{"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 2**62}, {"min_tokens": 9, "max_tokens": 8}, {"min_tokens": -1},
+     {"temperature": -1.0},
+     {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": math.nan}, {"seed": -1},
+     {"stop": ("",)},
      {"stop_token_ids": (-1,)}, {"stop_token_ids": (2**63,)}],
     ids=str,
 )  # fmt: skip
@@ -284,7 +290,8 @@ def test_a_stopping_core_does_not_wait_for_requests_that_are_held(rig: Rig) -> N
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pool": "other"}, {"incarnation": "i-before"}, {"version": PROTOCOL_VERSION + 1}, {"lease_s": 0.0}, {"lease_s": -1.0}, {"lease_s": math.nan},
+    [{"pool": "other"}, {"incarnation": "i-before"}, {"version": PROTOCOL_VERSION + 1}, {"lease_s": 0.0}, {"lease_s": -1.0},
+     {"lease_s": math.nan},
      {"lease_s": math.inf}, {"lease_s": 1e9}],
     ids=str,
 )  # fmt: skip

@@ -13,9 +13,9 @@ from raycore.errors import InvalidArgumentsError, UnknownOperationError
 from raycore.operations import OPERATIONS, TABLE, Arguments, FanOut
 
 REFERENCE = {
-    "get_supported_tasks", "pause_scheduler", "resume_scheduler", "is_scheduler_paused", "sleep", "wake_up", "is_sleeping", "profile",
-    "reset_mm_cache", "reset_prefix_cache", "reset_encoder_cache", "add_lora", "remove_lora", "list_loras", "pin_lora", "save_sharded_state",
-    "collective_rpc", "execute_dummy_batch", "dp_engines_running",
+    "get_supported_tasks", "pause_scheduler", "resume_scheduler", "is_scheduler_paused", "sleep", "wake_up", "is_sleeping",
+    "profile", "reset_mm_cache", "reset_prefix_cache", "reset_encoder_cache", "add_lora", "remove_lora", "list_loras", "pin_lora",
+    "save_sharded_state", "collective_rpc", "execute_dummy_batch", "dp_engines_running",
 }  # fmt: skip
 
 FULL: dict[str, dict[str, Any]] = {

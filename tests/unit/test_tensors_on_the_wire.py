@@ -65,7 +65,13 @@ def test_numpy_arrays_of_every_dtype_and_shape_arrive_as_they_were(dtype: str, s
     kind = np.dtype(dtype)
     count = int(np.prod(shape))
     source = np.frombuffer(bytes(range(48, 58)) * (count * kind.itemsize // 10 + 1), np.uint8)[: count * kind.itemsize]
-    array = (source & 1).astype(bool) if dtype == "?" else np.frombuffer(source.tobytes(), kind) if kind.kind != "U" else np.full(count, "aé", kind)
+    array = (
+        (source & 1).astype(bool)
+        if dtype == "?"
+        else np.frombuffer(source.tobytes(), kind)
+        if kind.kind != "U"
+        else np.full(count, "aé", kind)
+    )
     array = array.reshape(shape)
     assert same(through(array, shared=shared)[0], array)
 
@@ -91,7 +97,9 @@ def test_an_array_with_fields_keeps_them_or_is_refused() -> None:
     assert same(got, array)
 
 
-@pytest.mark.parametrize("value", [np.array([object()]), np.array(["x", None], dtype=object), object(), lambda: 1], ids=["object", "none", "any", "function"])
+@pytest.mark.parametrize(
+    "value", [np.array([object()]), np.array(["x", None], dtype=object), object(), lambda: 1], ids=["object", "none", "any", "function"]
+)
 def test_what_cannot_be_sent_raises_type_error(value: Any) -> None:
     with pytest.raises(TypeError):
         through(value)
@@ -112,7 +120,14 @@ def test_a_part_that_cannot_be_sent_leaves_nothing_in_the_next_message(value: An
 
 @pytest.mark.parametrize(
     ("size", "shared", "buffers", "files"),
-    [(0, True, 0, 0), (INLINE, True, 0, 0), (INLINE + 1, True, 1, 0), (SHARED - 1, True, 1, 0), (SHARED, True, 0, 1), (SHARED, False, 1, 0)],
+    [
+        (0, True, 0, 0),
+        (INLINE, True, 0, 0),
+        (INLINE + 1, True, 1, 0),
+        (SHARED - 1, True, 1, 0),
+        (SHARED, True, 0, 1),
+        (SHARED, False, 1, 0),
+    ],
 )
 def test_the_size_decides_how_a_tensor_travels(size: int, shared: bool, buffers: int, files: int) -> None:
     array = np.zeros(size, np.uint8)
@@ -310,7 +325,9 @@ def test_another_extension_is_a_frame_error(code: int) -> None:
     refused(msgspec.msgpack.encode([msgspec.msgpack.Ext(code, b"abc")]))
 
 
-@pytest.mark.parametrize("header", [b"", b"\xc1", b"\x90", msgspec.msgpack.encode({"library": "numpy"}), b"\xdd\xff\xff\xff\xff", b"\x91" * 3000])
+@pytest.mark.parametrize(
+    "header", [b"", b"\xc1", b"\x90", msgspec.msgpack.encode({"library": "numpy"}), b"\xdd\xff\xff\xff\xff", b"\x91" * 3000]
+)
 def test_a_header_that_does_not_decode_is_a_frame_error(header: bytes) -> None:
     refused(msgspec.msgpack.encode([msgspec.msgpack.Ext(EXTENSION_CODE, header)]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -22,7 +23,7 @@ def spoken(text: str, stop: tuple[str, ...] = (), cuts: tuple[int, ...] = (), *,
     builder = TextBuilder(TOKENIZER, stop, ())
     ids = TOKENIZER.encode(text)
     edges = (0, *cuts, len(ids))
-    parts = [ids[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [ids[a:b] for a, b in itertools.pairwise(edges)]
     last = len(parts) - 1
     return [builder.push(part, is_last=n == last, stop_reason=ended_by if n == last else None) for n, part in enumerate(parts)]
 
@@ -91,7 +92,7 @@ def test_any_echo_cut_anywhere_gives_what_stands_before_the_stop_string_that_end
         cuts = tuple(sorted(generator.sample(range(1, len(ids)), min(len(ids) - 1, generator.randint(0, 8)))))
         builder, grown = TextBuilder(TOKENIZER, stop, ()), ""
         edges = (0, *cuts, len(ids))
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in itertools.pairwise(edges):
             is_last = end == len(ids)
             grown += builder.push(ids[begin:end], is_last=is_last, stop_reason=reason if is_last else None)
             assert expected.startswith(grown), f"seed {seed}: something was shown that did not stay"
