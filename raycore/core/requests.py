@@ -125,10 +125,13 @@ class RequestTable:
 
     def _split_by_session(self, handles: TokenArray) -> list[tuple[Session, TokenArray, TokenArray]]:
         """(session, mask of its rows, its slots) for one set of handles; kept while the engine's batch is unchanged."""
-        numbers = self._owner_number[handles]
         slots = self._slot_of[handles]
+        only = self._only_session()
+        if only is not None:
+            return [(only, EMPTY, slots)]
+        numbers = self._owner_number[handles]
         first = int(numbers[0])
-        if len(self._number_of) == 1 or not (numbers != first).any():
+        if not (numbers != first).any():
             return [(self._by_number(first), EMPTY, slots)]
         parts: list[tuple[Session, TokenArray, TokenArray]] = []
         for number in np.unique(numbers).tolist():
@@ -138,8 +141,11 @@ class RequestTable:
 
     def _ends(self, output: StepOutput) -> dict[bytes, tuple[bytes, bytes]]:
         finished, reasons = output.finished, output.reasons
-        numbers = self._owner_number[finished]
         slots = self._slot_of[finished]
+        only = self._only_session()
+        if only is not None:
+            return {only.id: (slots.tobytes(), reasons)}
+        numbers = self._owner_number[finished]
         first = int(numbers[0])
         if not (numbers != first).any():
             return {self._by_number(first).id: (slots.tobytes(), reasons)}
@@ -202,6 +208,12 @@ class RequestTable:
             self._number_of[session.id] = number
             self._split_handles = None
         return number
+
+    def _only_session(self) -> Session | None:
+        """The session of every request, when there is just one that has any."""
+        if len(self._number_of) != 1:
+            return None
+        return self._by_number(next(iter(self._number_of.values())))
 
     def _by_number(self, number: int) -> Session:
         session = self._sessions[number]

@@ -72,6 +72,7 @@ class SessionTable:
         self._pool = pool
         self._sessions: dict[bytes, Session] = {}
         self._dirty: list[Session] = []
+        self._has_backlog = False
         self._stranger_encoder = FrameEncoder()
         self._farewells: dict[bytes, tuple[float, Sequence[Buffer]]] = {}
         """SessionExpired for clients that take nothing now: until when to try, and the message."""
@@ -158,11 +159,13 @@ class SessionTable:
     def retry_backlogs(self, now_s: float) -> None:
         """Send what slow clients left, and notice peers that came back."""
         self._retry_farewells(now_s)
+        self._has_backlog = False
         for session in self.all():
             while session.backlog:
                 result = self._listener.send(session.id, session.backlog[0])
                 if result is not SendResult.SENT:
                     self._note(session, result, now_s)
+                    self._has_backlog = True
                     break
                 session.gone_since_s = None
                 session.backlog_bytes -= _size(session.backlog.popleft())
@@ -183,7 +186,7 @@ class SessionTable:
 
     def has_backlog(self) -> bool:
         """Whether any client is behind."""
-        return bool(self._farewells) or any(session.backlog for session in self._sessions.values())
+        return self._has_backlog or bool(self._farewells)
 
     def _send(self, session: Session, message: Sequence[Buffer], now_s: float) -> None:
         if not session.backlog:
@@ -200,6 +203,7 @@ class SessionTable:
             return
         session.backlog.append(message)
         session.backlog_bytes += size
+        self._has_backlog = True
 
     @staticmethod
     def _note(session: Session, result: SendResult, now_s: float) -> None:

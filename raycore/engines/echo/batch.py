@@ -21,6 +21,10 @@ CURSOR, START, LIMIT, ENDS_AT, TOTAL, REASON = range(6)
 """Rows of the columns: arena indices of the next token, the prompt and its end; the tick of the last token; all tokens then; the reason."""
 
 
+NO_COLUMNS: NDArray[np.int64] = np.empty((6, 0), dtype=np.int64)
+FEW = 4
+
+
 class Joiners(NamedTuple):
     """Sequences that join, as columns; `positions`: output tokens that each has, `counts`: those at its end, `reasons`: one byte each."""
 
@@ -47,13 +51,35 @@ class RunningBatch:
         self._arena: TokenArray = np.empty(ARENA_TOKENS, dtype=np.uint32)
         self._tail = 0
         self._tick = 0
-        self._set(EMPTY, np.empty((6, 0), dtype=np.int64))
+        self._set(EMPTY, NO_COLUMNS)
 
     def __len__(self) -> int:
         return self._size
 
     def join(self, joiners: Joiners) -> None:
         """Append sequences; each gets its next token at the next `advance`."""
+        if len(joiners.handles) <= FEW:
+            handles, columns = self._few(joiners)
+        else:
+            handles, columns = self._many(joiners)
+        if self._size:
+            handles = np.concatenate((self.handles, handles))
+            columns = np.concatenate((self._columns, columns), axis=1)
+        self._set(handles, columns)
+
+    def _few(self, joiners: Joiners) -> tuple[TokenArray, NDArray[np.int64]]:
+        """The columns of a few sequences, made in Python: a dozen numpy calls cost more than they save."""
+        rows: list[tuple[int, int, int, int, int, int]] = []
+        at = self._make_room(sum(map(len, joiners.prompts)))
+        tick = self._tick
+        for prompt, position, count, reason in zip(joiners.prompts, joiners.positions, joiners.counts, joiners.reasons, strict=True):
+            length = len(prompt)
+            self._arena[at : at + length] = prompt
+            rows.append((at + position % length, at, at + length, tick + count - position, length + count, reason))
+            at += length
+        return np.array(joiners.handles, dtype=np.uint32), np.array(rows, dtype=np.int64).T.copy()
+
+    def _many(self, joiners: Joiners) -> tuple[TokenArray, NDArray[np.int64]]:
         lengths, positions, counts = np.array((list(map(len, joiners.prompts)), joiners.positions, joiners.counts), dtype=np.int64)
         limits = np.cumsum(lengths)
         added = int(limits[-1])
@@ -66,11 +92,7 @@ class RunningBatch:
         np.add(counts - positions, self._tick, out=columns[ENDS_AT])
         np.add(lengths, counts, out=columns[TOTAL])
         columns[REASON] = np.frombuffer(joiners.reasons, dtype=np.uint8)
-        handles = np.array(joiners.handles, dtype=np.uint32)
-        if self._size:
-            handles = np.concatenate((self.handles, handles))
-            columns = np.concatenate((self._columns, columns), axis=1)
-        self._set(handles, columns)
+        return np.array(joiners.handles, dtype=np.uint32), columns
 
     def advance(self) -> TokenArray:
         """The next token of each sequence, in the order of `handles`."""
@@ -86,6 +108,10 @@ class RunningBatch:
         """Drop the sequences whose last token was that of this tick; None, as nearly always, when there is none."""
         if self._tick < self._next_end:
             return None
+        if self._size == 1:
+            ended = Ended(self.handles, bytes((int(self._columns[REASON, 0]),)), int(self._columns[TOTAL, 0]))
+            self._clear()
+            return ended
         return self._drop(self._columns[ENDS_AT] == self._tick)
 
     def take(self, handles: Sequence[int]) -> Ended:
@@ -100,8 +126,7 @@ class RunningBatch:
         gone = int(np.count_nonzero(leaves))
         if gone == self._size:
             ended = Ended(self.handles, self._columns[REASON].astype(np.uint8).tobytes(), int(self.tokens_held().sum()))
-            self._set(EMPTY, self._columns[:, :0])
-            self._tail = 0
+            self._clear()
             return ended
         ended = Ended(self.handles[leaves], self._columns[REASON][leaves].astype(np.uint8).tobytes(), int(self.tokens_held()[leaves].sum()))
         if gone:
@@ -109,12 +134,19 @@ class RunningBatch:
             self._set(self.handles[stays], self._columns[:, stays])
         return ended
 
+    def _clear(self) -> None:
+        self._set(EMPTY, NO_COLUMNS)
+        self._tail = 0
+
     def _set(self, handles: TokenArray, columns: NDArray[np.int64]) -> None:
         self.handles = handles
         self._columns = columns
         self._size = len(handles)
         self._cursor, self._start, self._limit = columns[CURSOR], columns[START], columns[LIMIT]
-        self._next_end = int(columns[ENDS_AT].min()) if self._size else NEVER
+        if self._size == 1:
+            self._next_end = int(columns[ENDS_AT, 0])
+        else:
+            self._next_end = int(columns[ENDS_AT].min()) if self._size else NEVER
         self._wraps = np.empty(self._size, dtype=np.bool_)
 
     def _make_room(self, tokens: int) -> int:
