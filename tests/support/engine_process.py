@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from raycore import tensors
 from raycore.client.client import EngineCoreClient
 from raycore.client.control import PoolAccess
 from raycore.client.in_process import NoControlPlane
@@ -25,6 +26,7 @@ from raycore.core.host import EngineHost
 from raycore.ids import EngineId, Epoch, Term
 from raycore.membership import Member, Membership
 from raycore.tokenizer import ByteTokenizer
+from raycore.transport import endpoints
 from raycore.transport.keys import curve_keys
 
 START_LIMIT_S = 60.0
@@ -218,6 +220,9 @@ def echo_pool(
     finally:
         for engine in engines:
             engine.end()
+        # what killed processes left, as `raycore cleanup` would
+        endpoints.sweep(pool)
+        tensors.sweep(pool)
 
 
 @contextlib.asynccontextmanager
