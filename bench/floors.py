@@ -6,33 +6,47 @@ import multiprocessing
 import os
 import tempfile
 import time
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
 
+from raycore.engine import EngineLoad
+from raycore.ids import CallId, RequestId, Slot
+from raycore.messages import Add, Call, ClientFrame, EngineFrame, StepColumns, ToEngine
+from raycore.sampling import SamplingParams
+
 _STOP = b"stop"
+_PROMPT = array("I", range(1, 17)).tobytes()
+_SAMPLING = SamplingParams(max_tokens=1)
+_NOTHING = msgspec.Raw(msgspec.msgpack.encode({}))
 
 
 def _answer(endpoint: str, cpu: int | None, ready: Any) -> None:
-    """A blocking ROUTER: decode what comes, answer [reply bytes] x [count] as the request says."""
+    """A blocking ROUTER that decodes the product's client frames and answers each with `seq` step frames of the product's shapes."""
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})
     context = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     socket.bind(endpoint)
     ready.set()
-    decode = msgspec.msgpack.Decoder(tuple[int, int, list[bytes]]).decode
+    decode = msgspec.msgpack.Decoder(ClientFrame).decode
     encode = msgspec.msgpack.Encoder().encode
+    load = EngineLoad(1, 0, 16, 0)
     while True:
         identity, payload = socket.recv_multipart()
         if payload == _STOP:
             break
-        count, size, _ = decode(payload)
-        reply = b"\0" * size
-        for _ in range(count):
-            socket.send_multipart([identity, encode((0, reply))])
+        frame = decode(payload)
+        rows = max(1, len(frame.items))
+        column = b"\0" * (4 * rows)
+        for step in range(frame.seq):
+            slots = column if step == 0 else b""
+            ends = (column, b"\0" * rows) if step == frame.seq - 1 else (b"", b"")
+            socket.send_multipart([identity, encode(EngineFrame(step, 0, load, rows, [StepColumns(slots, column, b"", *ends, 1 << 50)]))])
     context.destroy(linger=0)
 
 
@@ -51,22 +65,28 @@ class BarePair:
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.connect(endpoint)
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(tuple[int, bytes]).decode
+        self._decode = msgspec.msgpack.Decoder(EngineFrame).decode
 
-    def exchange(self, requests: list[bytes], replies: int, reply_bytes: int) -> None:
-        """One message up that holds all requests; `replies` messages down."""
-        self.socket.send(self._encode((replies, reply_bytes, requests)))
+    def exchange(self, requests: int, replies: int) -> None:
+        """One frame up with so many requests as the product sends them; so many step frames down, in the product's shapes."""
+        adds: list[ToEngine] = [Add(Slot(slot), RequestId(f"client-12345-abcdef-{slot}"), _PROMPT, _SAMPLING) for slot in range(requests)]
+        self.socket.send(self._encode(ClientFrame(replies, adds)))
         for _ in range(replies):
             self._decode(self.socket.recv())
 
-    def seconds(self, requests: list[bytes], replies: int, reply_bytes: int, rounds: int) -> list[float]:
+    def call(self, calls: int) -> None:
+        """One frame up with so many utility calls, one frame down."""
+        items: list[ToEngine] = [Call(CallId(number), "is_scheduler_paused", _NOTHING) for number in range(calls)]
+        self.socket.send(self._encode(ClientFrame(1, items)))
+        self._decode(self.socket.recv())
+
+    def seconds(self, requests: int, replies: int, rounds: int) -> list[float]:
         """The time of each of `rounds` exchanges."""
-        times: list[float] = []
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            self.exchange(requests, replies, reply_bytes)
-            times.append(time.perf_counter() - begin)
-        return times
+        return _timed(lambda: self.exchange(requests, replies), rounds)
+
+    def call_seconds(self, calls: int, rounds: int) -> list[float]:
+        """The time of each of `rounds` frames of calls."""
+        return _timed(lambda: self.call(calls), rounds)
 
     def close(self) -> None:
         """End the other process."""
@@ -74,6 +94,15 @@ class BarePair:
         self._process.join(5)
         self._context.destroy(linger=0)
         self._directory.cleanup()
+
+
+def _timed(work: Callable[[], None], rounds: int) -> list[float]:
+    times: list[float] = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return times
 
 
 def ray_call_seconds(rounds: int) -> list[float]:

@@ -133,7 +133,7 @@ def round_trip(repeat: int, ray_s: float | None) -> list[Row]:
         os.sched_setaffinity(0, {cpus[0]})
         try:
             for _ in range(repeat):
-                bare.append(median(pair.seconds([b"\0" * 110], 1, 40, rounds)))
+                bare.append(median(pair.seconds(1, 1, rounds)))
                 mine.append(on_loop(lambda: measure(access)))
         finally:
             os.sched_setaffinity(0, everywhere)
@@ -164,13 +164,12 @@ def throughput(repeat: int) -> list[Row]:
             bytes_a_token.append((links.received_bytes - before) / (n_many * 128))
 
     pair = BarePair()
-    request = b"\0" * 100
     try:
         with engine_process(OPTIONS) as access:
             for _ in range(repeat):
-                times = pair.seconds([request] * IN_FLIGHT, 1, 256 * 13, 200)
+                times = pair.seconds(IN_FLIGHT, 1, 200)
                 bare_one.append(IN_FLIGHT / median(times))
-                times = pair.seconds([request] * IN_FLIGHT, 128, 256 * 4, 50)
+                times = pair.seconds(IN_FLIGHT, 128, 50)
                 bare_many.append(IN_FLIGHT * 128 / median(times))
                 on_loop(lambda: measure(access))
     finally:
@@ -247,7 +246,7 @@ def utilities(repeat: int) -> list[Row]:
     try:
         with engine_process(OPTIONS) as access:
             for _ in range(repeat):
-                bare.append(UTILITY_IN_FLIGHT / median(pair.seconds([b"\0" * 25] * UTILITY_IN_FLIGHT, 1, UTILITY_IN_FLIGHT * 6, 300)))
+                bare.append(UTILITY_IN_FLIGHT / median(pair.call_seconds(UTILITY_IN_FLIGHT, 300)))
                 on_loop(lambda: measure(access))
     finally:
         pair.close()

@@ -101,12 +101,15 @@ class EngineCore:
             self._listener.wait(_BACKLOG_WAIT_S if self._sessions.has_backlog() else _IDLE_WAIT_S)
         while not self._mail.empty():
             self._mail.get()()
-        for session_id, message in self._listener.receive():
+        received = self._listener.receive()
+        for session_id, message in received:
             taken = self._intake.take(session_id, message)
             if taken is not None:
                 self._take_items(*taken)
         if self._can_step():
             self._step()
+        elif received:
+            self.progress.load = self._engine.load()
         self._desk.on_turn()
         now_s = self._clock()
         self._housekeeping(now_s)
@@ -158,8 +161,6 @@ class EngineCore:
                     return  # what follows it in the frame has no session
                 case Attach():
                     self.counters.stale_frames += 1
-        if not self._can_step():
-            self.progress.load = self._engine.load()
 
     def _on_add(self, session: Session, add: Add) -> None:
         if self._takes_requests:

@@ -14,12 +14,12 @@ from raycore.config import Limits
 from raycore.membership import Endpoints
 from raycore.transport.channel import Buffer, Message
 from raycore.transport.endpoints import this_host
-from raycore.transport.events import events_of
+from raycore.transport.events import Readiness, receive
 from raycore.transport.keys import secure_client
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE_NOBLOCK = int(zmq.SNDMORE) | int(zmq.NOBLOCK)
-_POLLIN, _RCVMORE, _FD = int(zmq.POLLIN), int(zmq.RCVMORE), int(zmq.FD)
+_FD = int(zmq.FD)
 _COPY_BELOW_BYTES = 1 << 16
 _MESSAGES_PER_WAKE_UP = 1024
 """Then the loop's other tasks get a turn."""
@@ -76,6 +76,7 @@ class ZmqClientChannel:
             socket.ipv6 = "[" in endpoint
         socket.connect(endpoint)
         self._socket, self._on_messages = socket, on_messages
+        self._has_message = Readiness(socket)
         self._loop = asyncio.get_running_loop()
         self._descriptor = socket.getsockopt(_FD)
         self._loop.add_reader(self._descriptor, self._drain)
@@ -88,7 +89,7 @@ class ZmqClientChannel:
         if self._queue or not self._try_send(socket, message):
             self._queue.append(message)
         # the descriptor is edge-triggered, and a send processes the socket's commands: a message that came meanwhile raises no edge
-        if events_of(socket) & _POLLIN:
+        if self._has_message():
             self._schedule_drain()
 
     def close(self) -> None:
@@ -135,16 +136,14 @@ class ZmqClientChannel:
         if socket is None:
             return
         ready: list[Message] = []
-        while len(ready) < _MESSAGES_PER_WAKE_UP and events_of(socket) & _POLLIN:
-            message: Message = [socket.recv(_NOBLOCK)]
-            while socket.getsockopt(_RCVMORE):
-                message.append(socket.recv(copy=False).buffer)
-            ready.append(message)
+        has_message = self._has_message
+        while len(ready) < _MESSAGES_PER_WAKE_UP and has_message():
+            ready.append(receive(socket))
         if ready and self._on_messages is not None:
             self._on_messages(ready)
         if self._socket is None:  # closed by the callback
             return
         while self._queue and self._try_send(socket, self._queue[0]):
             self._queue.popleft()
-        if events_of(socket) & _POLLIN:
+        if self._has_message():
             self._schedule_drain()

@@ -98,7 +98,7 @@ class EchoEngine:
 
     def has_work(self) -> bool:
         """Whether anything waits or runs."""
-        return len(self._scheduler) > 0 or bool(self._done_on_arrival)
+        return self._scheduler.has_work or bool(self._done_on_arrival)
 
     def idle_step(self) -> None:
         """A step without sequences."""

@@ -44,6 +44,11 @@ class EchoScheduler:
         return len(self._running) + len(self._waiting) + (self._partial is not None)
 
     @property
+    def has_work(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._running) or self._partial is not None or len(self._waiting) > 0
+
+    @property
     def batch_size(self) -> int:
         """Sequences that get a token in a step."""
         return len(self._batch)
