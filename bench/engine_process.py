@@ -20,14 +20,14 @@ POOL = "bench"
 
 
 @contextmanager
-def engine_process(options: dict[str, Any], *, cpu: int | None = None, ranks: int = 1) -> Iterator[PoolAccess]:
+def engine_process(options: dict[str, Any], *, cpu: int | None = None, ranks: int = 1, busy_poll_s: float = 0.0) -> Iterator[PoolAccess]:
     """Echo engines with everything the product does switched on; they end with the block."""
     context = multiprocessing.get_context("spawn")
     pipes: list[Any] = []
     processes: list[Any] = []
     for rank in range(ranks):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, rank, options, cpu), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, rank, options, cpu, busy_poll_s), daemon=True)
         process.start()
         pipes.append(ours)
         processes.append(process)
@@ -46,7 +46,7 @@ def engine_process(options: dict[str, Any], *, cpu: int | None = None, ranks: in
                 process.kill()
 
 
-def _serve(pipe: Connection, rank: int, options: dict[str, Any], cpu: int | None) -> None:
+def _serve(pipe: Connection, rank: int, options: dict[str, Any], cpu: int | None, busy_poll_s: float) -> None:
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})
     spec = EngineSpec(
@@ -58,7 +58,7 @@ def _serve(pipe: Connection, rank: int, options: dict[str, Any], cpu: int | None
         engine_options=options,
         device="cpu",
         tcp="never",
-        limits=Limits(),
+        limits=Limits(busy_poll_s=busy_poll_s),
         timeouts=Timeouts(),
         health=HealthConfig(),
     )

@@ -55,12 +55,12 @@ class _CountingChannel:
         self._inner = inner
         self._links = links
 
-    def open(self, on_messages: Callable[[list[Message]], None]) -> None:
+    def open(self, on_messages: Callable[[list[Message]], None], on_closed: Callable[[str, bool], None]) -> None:
         def count(messages: list[Message]) -> None:
             self._links.received_bytes += sum(memoryview(part).nbytes for message in messages for part in message)
             on_messages(messages)
 
-        self._inner.open(count)
+        self._inner.open(count, on_closed)
 
     def send(self, message: Sequence[Buffer]) -> None:
         self._inner.send(message)

@@ -53,6 +53,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Tensors up to this size travel inside the message."""
     shared_memory_bytes: int = 64 << 10
     """From this size on, tensors of one host go through a file in /dev/shm."""
+    busy_poll_s: float = 0.0
+    """How long an engine core that has run out of work looks again before it sleeps.
+
+    A few hundred microseconds take a wake-up and cold caches off each round trip of a lone client, for as much CPU time after every burst;
+    useless where there are more busy threads than CPUs.
+    """
     session_requests: int = 65_536
     """Requests that one session may have at once on one engine."""
 
@@ -67,10 +73,12 @@ class HealthConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_budget_s: float = 30.0
     """A step or call may take this long unless the engine declares another budget."""
     grace_s: float = 1.0
+    fence_wait_s: float = 10.0
+    """A client gives up a suspect engine by itself when no controller has fenced it for so long."""
 
 
 _GROUPS: dict[str, type[msgspec.Struct]] = {"timeouts": Timeouts, "limits": Limits, "health": HealthConfig}
-MAY_BE_ZERO = frozenset({"drain_s", "disconnect_grace_s", "grace_s", "inline_tensor_bytes"})
+MAY_BE_ZERO = frozenset({"drain_s", "disconnect_grace_s", "grace_s", "inline_tensor_bytes", "busy_poll_s"})
 
 
 class PoolConfig(pydantic.BaseModel):

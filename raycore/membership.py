@@ -29,6 +29,8 @@ class Endpoints(msgspec.Struct, frozen=True, array_like=True):
     beats_tcp: str = ""
     server_key: str = ""
     """CURVE public key (Z85) of the pool's servers; needed for the TCP endpoints only."""
+    requests_stream: str = ""
+    """Path of the unix-stream socket for processes of this host."""
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):

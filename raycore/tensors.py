@@ -26,6 +26,7 @@ from raycore.errors import FrameError
 from raycore.transport.endpoints import is_process_alive
 
 EXTENSION_CODE = 1
+_NAMES_KEPT = 256
 _MAX_DIMENSION = 1 << 40
 SHARED_MEMORY_DIRECTORY = Path("/dev/shm")
 """Files there are 0600, made with O_EXCL, and named by pool and process."""
@@ -115,6 +116,11 @@ class SharedMemoryFiles:
         names = tuple(self._names)
         self._names.clear()
         return names
+
+    def prune(self) -> None:
+        """Forget the names of files that their readers have taken, once there are many."""
+        if len(self._names) > _NAMES_KEPT:
+            self._names = {name for name in self._names if (SHARED_MEMORY_DIRECTORY / name).exists()}
 
     def discard_all(self) -> None:
         """Remove every file of which nobody has taken the name."""

@@ -231,7 +231,14 @@ class BlockingClient:
         """Send many in one turn of the loop: far cheaper than one at a time."""
 
         async def add_all() -> list[RequestId]:
-            return [await self._client.add_request(prompt, sampling) for prompt, sampling in requests]
+            added: list[RequestId] = []
+            try:
+                for prompt, sampling in requests:
+                    added.append(await self._client.add_request(prompt, sampling))
+            except BaseException:
+                await self._client.abort_requests(added)  # nobody would ever learn their ids
+                raise
+            return added
 
         return self._turner.run(add_all())
 

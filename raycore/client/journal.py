@@ -69,6 +69,7 @@ class RequestRecord:
         "tensors",
         "text",
         "tokens",
+        "tokens_at_loss",
         "waiter",
         "was_replayed",
     )
@@ -106,7 +107,8 @@ class RequestRecord:
         self.deaths = 0
         """Engines that died with this request on them."""
         self.losses = 0
-        """Sessions that ended under this request."""
+        """Sessions that ended under this request since its last token."""
+        self.tokens_at_loss = -1
         self.served_rank = -1
         self.was_replayed = False
         self.abort_wanted = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 from raycore.client.control import PoolAccess
 from raycore.client.liveness import BeatWatch
@@ -17,6 +17,7 @@ from raycore.tensors import SharedMemoryFiles
 from raycore.transport.beats import BeatSubscriber
 from raycore.transport.channel import ClientChannel
 from raycore.transport.memory import MemoryChannel, MemoryListener
+from raycore.transport.stream_client import StreamClientChannel
 from raycore.transport.zeromq_client import ZmqClientChannel, is_same_host, new_context
 
 OnVerdict = Callable[[EngineId, Verdict, str], None]
@@ -51,13 +52,16 @@ class Links(Protocol):
 
 
 class SocketLinks:
-    """ZeroMQ between processes: ipc to engines of this host, CURVE over TCP to others."""
+    """Between processes: unix streams (or ZeroMQ over ipc) to engines of this host, ZeroMQ under CURVE over TCP to others."""
 
-    def __init__(self, access: PoolAccess, limits: Limits, *, use_tcp: bool | None = None) -> None:
+    def __init__(
+        self, access: PoolAccess, limits: Limits, *, use_tcp: bool | None = None, local_channel: Literal["stream", "zeromq"] = "stream"
+    ) -> None:
         self._context = new_context()
         self._access = access
         self._limits = limits
         self._use_tcp = use_tcp
+        self._local_channel = local_channel
         self._files = SharedMemoryFiles(access.membership.pool)
         self._watch: BeatWatch | None = None
 
@@ -67,7 +71,10 @@ class SocketLinks:
         self._watch.start()
 
     def channel(self, member: Member, session: SessionId) -> ClientChannel:
-        """A DEALER of its own."""
+        """A unix stream to an engine of this host, a DEALER under CURVE to others."""
+        path = member.endpoints.requests_stream
+        if path and self._local_channel == "stream" and not self._goes_over_tcp(member):
+            return StreamClientChannel(path, session, limit_bytes=self._limits.message_bytes)
         return ZmqClientChannel(
             self._context,
             member.endpoints,

@@ -29,7 +29,7 @@ from raycore.tokenizer import Tokenizer
 _MAX_DEATHS = 3
 """A request that was on so many dying engines is suspected of killing them and fails alone."""
 _MAX_LOSSES = 8
-"""A request under which so many sessions ended fails alone."""
+"""A request under which so many sessions ended, without a token between them, fails alone."""
 
 
 class RequestDesk:
@@ -160,7 +160,8 @@ class RequestDesk:
     def on_session_lost(self, fresh: EngineSession, records: list[RequestRecord], reason: str) -> None:
         """Send the requests of a lost session again, to the same engine."""
         for record in records:
-            record.losses += 1
+            record.losses = record.losses + 1 if len(record.tokens) == record.tokens_at_loss else 1
+            record.tokens_at_loss = len(record.tokens)
             if record.losses > _MAX_LOSSES:
                 self._fail(record, _failed(record, f"{record.losses} sessions ended under it: {reason}", "SessionLostError"))
             elif not self._end_if_over(record):

@@ -66,6 +66,10 @@ class SessionOwner(Protocol):
         """The session is over, its engine is not."""
         ...
 
+    def on_peer_gone(self, session: EngineSession, reason: str) -> None:
+        """The connection ended and nobody listens at the engine's end any more."""
+        ...
+
     def on_engine_failed(self, session: EngineSession, error: ErrorRecord) -> None:
         """The engine's step loop is over."""
         ...
@@ -155,7 +159,7 @@ class EngineSession:
         if self.is_closed or self._is_open:
             return
         self._is_open = True
-        self._channel.open(self._on_messages)
+        self._channel.open(self._on_messages, self._on_closed)
         if self._files is not None:
             self._probe = self._write_probe(self._files)
         incarnation, lease_s = self.engine.incarnation, self._limits.lease_s
@@ -310,6 +314,16 @@ class EngineSession:
                 self._owner.on_lost(self, problem)
                 return
         self._slots.settle()
+
+    def _on_closed(self, reason: str, peer_is_gone: bool) -> None:
+        """The connection ended."""
+        if self.is_closed:
+            return
+        self._slots.settle()
+        if peer_is_gone:
+            self._owner.on_peer_gone(self, reason)
+        else:
+            self._owner.on_lost(self, reason)
 
     def _take_message(self, message: Message) -> str | None:
         """Take in one frame; why the session cannot go on, if it cannot."""

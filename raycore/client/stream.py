@@ -47,6 +47,8 @@ class RequestStream:
         """The next new tokens. Raises the request's typed error when it failed."""
         record = self._record
         while record.cursor >= len(record.tokens) and record.finish_reason is None and record.error is None:
+            if record.waiter is not None and not record.waiter.done():
+                raise RaycoreError(f"request {record.request_id!r} has a reader already")
             record.waiter = self._loop.create_future()
             await record.waiter
         output = self.take()

@@ -14,7 +14,7 @@ from raycore.engines import make_engine
 from raycore.ids import EngineId, Epoch, Incarnation, Rank, Term
 from raycore.membership import Member, Membership
 from raycore.transport.beats import BeatPublisher
-from raycore.transport.zeromq_engine import ZmqEngineSockets
+from raycore.transport.engine_sockets import EngineSockets
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class EngineHost:
         self._node_ip = node_ip
         self.id = EngineId(Rank(spec.rank), Incarnation(spec.incarnation))
         self._engine: Engine | None = None
-        self._sockets: ZmqEngineSockets | None = None
+        self._sockets: EngineSockets | None = None
         self._core: EngineCore | None = None
         self._beats: BeatThread | None = None
         self._membership = Membership(spec.pool, Epoch(0), Term(0))
@@ -39,7 +39,7 @@ class EngineHost:
         spec = self._spec
         try:
             self._engine = make_engine(spec.engine, spec.model, spec.engine_options, spec.device, rank=spec.rank)
-            self._sockets = ZmqEngineSockets(spec, node_ip=self._node_ip)
+            self._sockets = EngineSockets(spec, node_ip=self._node_ip)
             endpoints = self._sockets.bind()
             listener = self._sockets.listener
             assert listener is not None  # noqa: S101 -- bind() made it

@@ -142,6 +142,8 @@ class SessionTable:
         session.next_out += 1
         session.last_sent_s = now_s
         self._send(session, session.encoder.encode(frame), now_s)
+        if session.files is not None:
+            session.files.prune()
 
     def tell_expired(self, session_id: bytes, reason: str) -> None:
         """Answer a frame of a session that is not known (any more)."""

@@ -26,8 +26,12 @@ class SendResult(enum.Enum):
 class ClientChannel(Protocol):
     """A client's end: one session with one engine core, used on one event loop."""
 
-    def open(self, on_messages: Callable[[list[Message]], None]) -> None:
-        """Connect; from now on hand over every ready message at once, in order, on the event loop."""
+    def open(self, on_messages: Callable[[list[Message]], None], on_closed: Callable[[str, bool], None]) -> None:
+        """Connect; from now on hand over every ready message at once, in order, on the event loop.
+
+        `on_closed(reason, peer_is_gone)` is called at most once, when the connection has ended and messages may be lost. `peer_is_gone`:
+        nobody listens there any more, so the engine's process has ended.
+        """
         ...
 
     def send(self, message: Sequence[Buffer]) -> None:

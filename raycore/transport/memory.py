@@ -82,8 +82,8 @@ class MemoryChannel:
         """Messages that wait for the client."""
         return len(self._inbox)
 
-    def open(self, on_messages: Callable[[list[Message]], None]) -> None:
-        """Connect."""
+    def open(self, on_messages: Callable[[list[Message]], None], on_closed: Callable[[str, bool], None]) -> None:
+        """Connect; nothing here can break."""
         self._on_messages = on_messages
         self._loop = asyncio.get_running_loop()
         self._listener.connect(self._session, self)

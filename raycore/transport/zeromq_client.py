@@ -62,8 +62,8 @@ class ZmqClientChannel:
         self._is_drain_scheduled = False
         self._descriptor = -1
 
-    def open(self, on_messages: Callable[[list[Message]], None]) -> None:
-        """Connect and register the descriptor's reader."""
+    def open(self, on_messages: Callable[[list[Message]], None], on_closed: Callable[[str, bool], None]) -> None:
+        """Connect and register the descriptor's reader. ZeroMQ reconnects by itself: what is lost shows as a gap."""
         socket = self._context.socket(zmq.DEALER)
         socket.routing_id = self._session
         socket.sndhwm = socket.rcvhwm = self._limits.socket_high_water_mark

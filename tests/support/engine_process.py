@@ -86,7 +86,7 @@ def _state(host: EngineHost) -> CoreState | str:
         return f"invariants: {error}"
     counters, sessions = core.counters, core._sessions
     held = sum(len(session.handle_of) for session in sessions.all())
-    peers = len(core._listener._router_of)
+    peers = len(core._listener._zeromq._router_of) + len(core._listener._streams._by_session)
     return CoreState(len(sessions), held, counters.bad_frames, counters.stale_frames, counters.ended_sessions, peers)
 
 
