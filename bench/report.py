@@ -8,10 +8,14 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+_LOOP = 10_000_000
+"""An empty loop of so many rounds: shared machines differ by a factor of two from hour to hour, and this says which it was."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,17 @@ def machine() -> dict[str, Any]:
             model = line.split(":", 1)[1].strip()
             break
     load = os.getloadavg()[0]
+    begin = time.perf_counter()
+    for _ in range(_LOOP):
+        pass
+    loop_s = time.perf_counter() - begin
     return {
         "cpu": model or platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "load_before": round(load, 2),
+        "empty_loop_of_10_million_s": round(loop_s, 3),
         "versions": {name: _version(name) for name in ("ray", "pyzmq", "msgspec", "uvloop", "torch", "transformers", "numpy")},
     }
 
@@ -77,7 +86,8 @@ def publish(title: str, rows: Sequence[Row], path: Path | None) -> None:
     """Print a table and, where asked, write JSON."""
     facts = machine()
     out = sys.stdout
-    out.write(f"\n{title}\n{facts['cores']} x {facts['cpu']}, Python {facts['python']}, load before {facts['load_before']}\n\n")
+    out.write(f"\n{title}\n{facts['cores']} x {facts['cpu']}, Python {facts['python']}, load {facts['load_before']}, ")
+    out.write(f"an empty loop of 10 million rounds takes {facts['empty_loop_of_10_million_s']} s\n\n")
     for row in rows:
         floor = f"{row.ratio:5.2f} x {row.floor_name} ({row.floor:,.4g})" if row.ratio is not None else ""
         mark = "" if row.is_met is None else ("  met" if row.is_met else "  NOT met")

@@ -36,6 +36,7 @@ IN_FLIGHT = 256
 OPTIONS = {"vocab_size": 32_000, "max_sequences": IN_FLIGHT}
 UTILITY_IN_FLIGHT = 64
 TENSOR_BYTES = 16 << 20
+BUSY_POLL_S = 0.0005
 
 
 class CountingLinks(SocketLinks):
