@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# A shell that starts a job in the background has it ignore Ctrl-C, and so would everything below it; here it is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _LEFTOVER_LIMIT_S = 15.0
 """Ray gives up a killed actor's name and resources a moment after the process is gone."""
