@@ -206,6 +206,28 @@ def throughput(repeat: int) -> list[Row]:
     ]
 
 
+async def bare_wake_ups(steps: int) -> float:
+    """CPU microseconds to wake one of 256 tasks every 5 ms, with nothing else to do."""
+    loop = asyncio.get_running_loop()
+    waiters: list[asyncio.Future[None]] = [loop.create_future() for _ in range(IN_FLIGHT)]
+
+    async def worker(number: int) -> None:
+        for _ in range(steps):
+            await waiters[number]
+            waiters[number] = loop.create_future()
+
+    tasks = [loop.create_task(worker(number)) for number in range(IN_FLIGHT)]
+    await asyncio.sleep(0)
+    cpu = time.process_time()
+    for _ in range(steps):
+        for waiter in waiters:
+            waiter.set_result(None)
+        await asyncio.sleep(0.005)
+    spent = time.process_time() - cpu
+    await asyncio.gather(*tasks)
+    return spent / steps / IN_FLIGHT * 1e6
+
+
 def paced(repeat: int) -> list[Row]:
     """Steps paced at 5 ms, 256 streams."""
     cpus: list[float] = []
@@ -217,16 +239,18 @@ def paced(repeat: int) -> list[Row]:
         async with client_of(access) as client:
             sampling = SamplingParams(max_tokens=tokens)
 
-            async def worker() -> int:
+            async def worker(number: int) -> int:
                 stream = client.generate(PROMPT, sampling)
                 count = 0
+                is_sampled = number % 8 == 0  # taking times costs CPU that is not the client's
                 async for output in stream:
-                    late.append(time.monotonic_ns() - stream.engine_stamp_ns)
+                    if is_sampled:
+                        late.append(time.monotonic_ns() - stream.engine_stamp_ns)
                     count += len(output.token_ids)
                 return count
 
             cpu = time.process_time()
-            total = sum(await asyncio.gather(*(worker() for _ in range(IN_FLIGHT))))
+            total = sum(await asyncio.gather(*(worker(number) for number in range(IN_FLIGHT))))
             cpus.append((time.process_time() - cpu) / total * 1e6)
             delays.append(median(late) / 1e3)
 
@@ -234,8 +258,9 @@ def paced(repeat: int) -> list[Row]:
         for _ in range(repeat):
             on_loop(lambda: measure(access))
     cpu, delay = median(cpus), median(delays)
+    floor = median([on_loop(lambda: bare_wake_ups(tokens)) for _ in range(repeat)])
     return [
-        Row("paced 5 ms, 256 streams: client CPU a token", cpu, "us", aim="<= 2.0", is_met=cpu <= 2.0),
+        Row("paced 5 ms, 256 streams: client CPU a token", cpu, "us", floor, "a bare task's wake-up", "<= 2.0", cpu <= 2.0),
         Row("  engine stamp to task, p50", delay, "us", aim="<= 450", is_met=delay <= 450),
     ]
 

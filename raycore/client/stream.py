@@ -49,8 +49,10 @@ class RequestStream:
         while record.cursor >= len(record.tokens) and record.finish_reason is None and record.error is None:
             if record.waiter is not None and not record.waiter.done():
                 raise RaycoreError(f"request {record.request_id!r} has a reader already")
-            record.waiter = self._loop.create_future()
-            await record.waiter
+            waiter = record.waiter = self._loop.create_future()
+            await waiter
+        if record.finish_reason is None and record.error is None:
+            return record.take()  # a token like most others: the shortest way
         output = self.take()
         if output is None:
             raise StopAsyncIteration
