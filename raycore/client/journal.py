@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from raycore.client.text import TextBuilder
 
 
-class RequestOutput(msgspec.Struct, frozen=True):
+class RequestOutput(msgspec.Struct, frozen=True, gc=False):
     """What is new of one request since its last output.
 
     `token_ids`: new tokens, in order, each position once. `text`: their text where the prompt was text (a stop string and what follows it
@@ -136,6 +136,11 @@ class RequestRecord:
 
     def take(self) -> RequestOutput:
         """The output since the last call; from one thread at a time, which need not be the loop's."""
+        if self.finish_reason is None and self.error is None and self.text is None:
+            tokens = self.tokens
+            new = tokens[self.cursor :]
+            self.cursor += len(new)
+            return RequestOutput(self.request_id, new, "", None, None, self.served_rank, self.prompt_tokens, self.was_replayed)
         # the end before the tokens: the loop's thread adds tokens before it sets an end, so with an end in hand they are all there
         reason, error = self.finish_reason, self.error
         tokens = self.tokens

@@ -106,8 +106,15 @@ class SlotTable:
         records = self._records
         for slot in news:
             record = records[slot]
-            if record is not None:
+            if record is None:
+                continue
+            waiter = record.waiter
+            if waiter is None:
                 record.wake()
+            else:  # what `wake` does, without the call: this is once a token where tokens come one by one
+                record.waiter = None
+                if not waiter.done():
+                    waiter.set_result(None)
 
     def _distribute(self) -> None:
         """Give each request its tokens of the steps that were kept."""
