@@ -106,27 +106,25 @@ def _timed(work: Callable[[], None], rounds: int) -> list[float]:
 
 
 def ray_call_seconds(rounds: int) -> list[float]:
-    """The time of each of `rounds` calls of an empty method of a Ray actor."""
+    """The time of each of `rounds` calls of an empty method of a Ray actor; in a local Ray of its own where there is none."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
+
+    @ray.remote(num_cpus=0)
+    class Empty:
+        def call(self) -> None:
+            return None
+
     try:
-
-        @ray.remote(num_cpus=0)
-        class Empty:
-            def call(self) -> None:
-                return None
-
         actor = Empty.remote()
         ray.get(actor.call.remote())
-        times: list[float] = []
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            ray.get(actor.call.remote())
-            times.append(time.perf_counter() - begin)
-        return times
+        return _timed(lambda: ray.get(actor.call.remote()), rounds)
     finally:
-        ray.shutdown()
+        if is_ours:
+            ray.shutdown()
 
 
 def copy_seconds(size: int, rounds: int) -> list[float]:

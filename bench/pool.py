@@ -13,6 +13,7 @@ import time
 
 import ray
 
+from bench.floors import ray_call_seconds
 from bench.report import Row, arguments, median, publish
 from bench.transport import OPTIONS, PROMPT, burst, on_loop
 from raycore import api
@@ -60,22 +61,10 @@ def main() -> None:
     )
     samples: dict[str, list[float]] = {name: [] for name in ("up", "round trip", "requests", "tokens", "death", "down")}
 
-    @ray.remote(num_cpus=0)
-    class Empty:
-        def call(self) -> None:
-            return None
-
-    actor = Empty.remote()
-    ray.get(actor.call.remote())
-    calls: list[float] = []
-    for _ in range(300):
-        begin = time.perf_counter()
-        ray.get(actor.call.remote())
-        calls.append(time.perf_counter() - begin)
+    floor = median(ray_call_seconds(300)) * 1e6
     logging.disable(logging.WARNING)
     for _ in range(options.repeat):
         on_loop(lambda: asyncio.wait_for(life(samples), 300))
-    floor = median(calls) * 1e6
     rows = [
         Row("two echo engines up, Ray running", median(samples["up"]), "s", samples=samples["up"]),
         Row("round trip to an engine in an actor, p50", median(samples["round trip"]) * 1e6, "us", floor, "Ray call"),

@@ -68,7 +68,7 @@ def _first_problem(p: SamplingParams) -> str | None:
             f"seed must be None or an integer in [0, 2**63), not {p.seed!r}",
         ),
         (
-            isinstance(p.stop, (tuple, list)) and all(isinstance(s, str) and s and _is_utf8(s) for s in p.stop),
+            isinstance(p.stop, (tuple, list)) and all(isinstance(s, str) and s and is_utf8(s) for s in p.stop),
             f"stop must be a tuple of non-empty strings, not {p.stop!r}",
         ),
         (
@@ -97,7 +97,10 @@ def _is_finite(value: object) -> bool:
         return False
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether `text` can be encoded: lone surrogates cannot."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -14,7 +14,7 @@ from raycore.client.text import TextBuilder
 from raycore.engine import EngineInfo
 from raycore.errors import InvalidRequestError
 from raycore.ids import Rank, RequestId
-from raycore.sampling import MAX_TOKENS, SamplingParams, validate_sampling
+from raycore.sampling import MAX_TOKENS, SamplingParams, is_utf8, validate_sampling
 from raycore.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -51,7 +51,7 @@ class Door:
         if request_id is None:
             self._count += 1
             request_id = f"{self._prefix}-{self._count}"
-        elif not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID_LENGTH or not _is_utf8(request_id):
+        elif not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID_LENGTH or not is_utf8(request_id):
             msg = f"a request id is a string of 1 to {MAX_REQUEST_ID_LENGTH} characters"
             raise InvalidRequestError(msg)
         try:
@@ -89,7 +89,7 @@ class Door:
             if self._tokenizer is None:
                 msg = "this client has no tokenizer for the pool's model; give the prompt as token ids"
                 raise InvalidRequestError(msg)
-            if not _is_utf8(prompt):
+            if not is_utf8(prompt):
                 msg = "the prompt is not valid Unicode text: it has lone surrogates"
                 raise InvalidRequestError(msg)
             prompt = self._tokenizer.encode(prompt)
@@ -118,13 +118,3 @@ class Door:
         if params.stop and self._tokenizer is None:
             msg = "stop strings need a tokenizer, and this pool's model has none here; use stop_token_ids"
             raise InvalidRequestError(msg)
-
-
-def _is_utf8(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

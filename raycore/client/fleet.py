@@ -174,8 +174,7 @@ class EngineFleet:
         """The process has ended: the control plane knows why in a moment; if it does not say, this is the cause."""
         if session.is_closed or self._is_closed:
             return
-        session.is_attached = True  # it was, or never will be: not one that may still answer
-        session.ledger.is_usable = False
+        self._suspects[session.engine] = (self._loop.time(), reason)
         self.renew_usable()
         self._loop.call_later(_CAUSE_WAIT_S, self._gone, session.engine, f"its process has ended: {reason}")
 

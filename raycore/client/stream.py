@@ -45,12 +45,11 @@ class RequestStream:
 
     async def __anext__(self) -> RequestOutput:
         """The next new tokens. Raises the request's typed error when it failed."""
+        if self._is_over:
+            raise StopAsyncIteration
         record = self._record
         while record.cursor >= len(record.tokens) and record.finish_reason is None and record.error is None:
-            if record.waiter is not None and not record.waiter.done():
-                raise RaycoreError(f"request {record.request_id!r} has a reader already")
-            waiter = record.waiter = self._loop.create_future()
-            await waiter
+            await self._new_waiter()
         if record.finish_reason is None and record.error is None:
             return record.take()  # a token like most others: the shortest way
         output = self.take()
@@ -62,8 +61,15 @@ class RequestStream:
         """Until `take` has something to give."""
         record = self._record
         while not self._is_over and not record.has_news():
-            record.waiter = self._loop.create_future()
-            await record.waiter
+            await self._new_waiter()
+
+    def _new_waiter(self) -> asyncio.Future[None]:
+        """What the next news resolves. RaycoreError for a second reader, which would rob the first of its wake-up."""
+        record = self._record
+        if record.waiter is not None and not record.waiter.done():
+            raise RaycoreError(f"request {record.request_id!r} has a reader already")
+        waiter = record.waiter = self._loop.create_future()
+        return waiter
 
     def take(self) -> RequestOutput | None:
         """What is new, without waiting; None once the stream is over. Raises the request's typed error when it failed."""

@@ -14,6 +14,8 @@ from raycore.transport.stream_engine import SOCKET_BUFFER_BYTES
 
 _READ_BYTES = 1 << 20
 _RECONNECT_S = 0.1
+_LAST_GASP_S = 0.02
+"""The kernel closes a dead process's sockets one after the other: for a moment its door is open when the connection is not."""
 _FAREWELL_S = 0.2
 """How long a farewell may wait for a full socket."""
 
@@ -120,10 +122,10 @@ class StreamClientChannel:
     def _end(self, reason: str) -> None:
         if self._is_closed:
             return
-        on_closed = self._on_closed
+        on_closed, loop, path = self._on_closed, self._loop, self._path
         self.close()
-        if on_closed is not None:
-            on_closed(reason, _is_gone(self._path))
+        if on_closed is not None and loop is not None:
+            loop.call_later(_LAST_GASP_S, lambda: on_closed(reason, _is_gone(path)))
 
     def _write(self, data: Buffer) -> int:
         if self._socket is None:

@@ -18,6 +18,7 @@ from raycore.errors import (
     EngineDeadError,
     InvalidRequestError,
     NoEngineError,
+    RaycoreError,
     RemoteCallError,
     RequestFailedError,
     SessionLostError,
@@ -289,3 +290,26 @@ async def test_an_engine_of_another_life_is_dead_to_this_client() -> None:
     with pytest.raises(EngineDeadError, match="refused"):
         async with memory_client(rig):
             pytest.fail("attached")
+
+
+async def test_a_stream_that_was_closed_gives_nothing_more() -> None:
+    rig = Rig()
+    async with memory_client(rig) as client:
+        stream = client.generate([1, 2, 3], SamplingParams(max_tokens=40))
+        await anext(stream)
+        await stream.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+
+async def test_a_second_reader_of_one_stream_is_refused() -> None:
+    rig = Rig()
+    async with memory_client(rig) as client:
+        await client.call("pause_scheduler", rank=0, mode="keep")
+        stream = client.generate([1, 2, 3], SamplingParams(max_tokens=4))
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        with pytest.raises(RaycoreError, match="has a reader already"):
+            await anext(stream)
+        await client.call("resume_scheduler", rank=0)
+        assert (await first).token_ids
