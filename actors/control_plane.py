@@ -11,14 +11,14 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from actors.naming import NAMESPACE, Role, controller_name, engine_name, named_actors
+from actors.naming import NAMESPACE, Role, controller_name, coordinator_name, engine_name, named_actors, standby_name
 from actors.pool_end import end_pool
 from actors.remote import death_cause, remote_call
-from raycore.client.control import PoolAccess
+from raycore.client.control import LOOP_ENDED, PoolAccess, ScalingReport
 from raycore.config import Timeouts
 from raycore.errors import PoolNotFoundError, RaycoreError
 from raycore.ids import EngineId
-from raycore.membership import Membership
+from raycore.membership import Endpoints, Membership
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,42 @@ class RayControlPlane:
             logger.info("pool %s: no membership to be had: %s", self._pool, error)
             return None
 
+    async def scale(self, target: int) -> ScalingReport:
+        """Ask the controller; the operation goes on when the caller stops waiting."""
+        return await self._ask_to_scale("scale", target)
+
+    async def begin_scaling(self, target: int) -> str:
+        """Begin to scale; the operation's id."""
+        return await self._ask("begin_scaling", target)
+
+    async def status(self) -> dict[str, Any]:
+        """What the controller knows of the pool: members, loads, operations."""
+        return await self._ask("status")
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        controller = await find_actor(controller_name(self._pool))
+        what = f"pool {self._pool!r}: {method}"
+        return await remote_call(getattr(controller, method).remote(*arguments), limit_s=self._timeouts.control_s, what=what)
+
+    async def remove_ranks(self, ranks: tuple[int, ...]) -> ScalingReport:
+        """Likewise."""
+        return await self._ask_to_scale("remove_ranks", ranks)
+
+    async def _ask_to_scale(self, method: str, argument: Any) -> ScalingReport:
+        controller = await find_actor(controller_name(self._pool))
+        timeouts = self._timeouts
+        # every phase has a limit of its own; this one is for a controller that does not answer at all
+        limit_s = timeouts.reserve_s + timeouts.engine_start_s + timeouts.drain_s + 4 * timeouts.control_s + 8 * timeouts.stop_s
+        return await remote_call(getattr(controller, method).remote(argument), limit_s=limit_s, what=method)
+
+    async def coordinator(self) -> Endpoints | None:
+        """Where the coordinator publishes now."""
+        try:
+            actor = await find_actor(coordinator_name(self._pool))
+            return await remote_call(actor.endpoints.remote(), limit_s=_ASK_S, what="the coordinator's endpoints")
+        except RaycoreError:
+            return None
+
     async def shutdown_pool(self, drain_s: float) -> None:
         """End the pool; returns when nothing of it is left."""
         await end_pool(self._pool, drain_s, self._timeouts)
@@ -84,16 +120,26 @@ class RayControlPlane:
     async def _until_dead(self, engine: EngineId) -> str:
         while True:
             try:
-                actor = await find_actor(engine_name(self._pool, engine))
+                actor = await find_engine(self._pool, engine)
                 await actor.wait_closed.remote()
             except PoolNotFoundError:
                 return "its process is gone"
-            except ray.exceptions.ActorUnavailableError:
-                await asyncio.sleep(_RECONNECT_S)  # the connection broke, which says nothing of the process
+            except (ray.exceptions.ActorUnavailableError, ray.exceptions.TaskCancelledError):
+                # The connection broke, or Ray cancelled this call with the task in which it was made (`ray.cancel` is recursive, and an
+                # async actor may have connected in one of its calls): neither says anything of the process.
+                await asyncio.sleep(_RECONNECT_S)
             except ray.exceptions.RayError as error:
                 return death_cause(error)
             else:
-                return "its step loop ended"
+                return LOOP_ENDED
+
+
+async def find_engine(pool: str, engine: EngineId) -> Any:
+    """The handle of an engine core's actor; one that was a standby has another name. PoolNotFoundError when there is none."""
+    try:
+        return await find_actor(engine_name(pool, engine))
+    except PoolNotFoundError:
+        return await find_actor(standby_name(pool, engine.incarnation))
 
 
 async def find_actor(name: str) -> Any:
@@ -110,7 +156,7 @@ async def pool_access(pool: str) -> PoolAccess:
     with contextlib.suppress(RaycoreError):
         controller = await find_actor(controller_name(pool))
         return await remote_call(controller.access.remote(), limit_s=_ASK_S, what="the controller's access")
-    names = [name for name in await asyncio.to_thread(named_actors, pool) if name.role is Role.ENGINE]
+    names = [name for name in await asyncio.to_thread(named_actors, pool) if name.role in {Role.ENGINE, Role.STANDBY}]
     answers = await asyncio.gather(*(_engine_access(str(name)) for name in names), return_exceptions=True)
     found = [answer for answer in answers if isinstance(answer, PoolAccess) and answer.membership.members]
     if not found:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import ray
 
+from actors.autoscaling import Autoscaling
+from actors.metrics import RayMetrics, model_name
 from actors.naming import NAMESPACE, sentinel_name
 from actors.nodes import is_restarted
 from actors.pool_controller import PoolController
+from actors.pool_observer import PoolObserver
 from actors.setup import PoolSetup
-from raycore.client.control import PoolAccess
+from raycore.client.control import PoolAccess, ScalingReport
+from raycore.config import log_level
 from raycore.errors import PoolError, RaycoreError
+from raycore.event_log import EventLog, event_directory
+from raycore.events import Stamp
 from raycore.ids import EngineId
+from raycore.logs import log_everything_as
 from raycore.membership import Membership
 
 logger = logging.getLogger(__name__)
@@ -31,9 +39,10 @@ class ControllerActor:
 
     def __init__(self, setup: PoolSetup) -> None:
         self._setup = setup
+        log_everything_as(setup.config.pool, "controller", log_level(setup.environment))
         self._me = ray.get_runtime_context().current_actor
         self._is_known = asyncio.Event()
-        self._controller = PoolController(setup, self._exit)
+        self._controller = PoolController(setup, self._exit, observer_of(setup))
         # Ray constructs async actors on their running loop, and constructs them again with the same arguments on a restart.
         self._life = asyncio.create_task(self._recover() if is_restarted() else self._expect_start())
         self._driver_watch: asyncio.Task[None] | None = None
@@ -71,6 +80,35 @@ class ControllerActor:
         """A client cannot reach this engine."""
         await self._known()
         await self._controller.report_suspect(engine, cause)
+
+    async def scale(self, target: int) -> ScalingReport:
+        """Grow or shrink to `target` ranks; returns when that is done, raises when it was undone."""
+        await self._known()
+        return await self._controller.scaler.scale(target)
+
+    async def begin_scaling(self, target: int) -> str:
+        """Begin as `scale` does and return the operation's id; `status` has what becomes of it."""
+        await self._known()
+        return await self._controller.scaler.begin(target)
+
+    async def remove_ranks(self, ranks: Sequence[int]) -> ScalingReport:
+        """Have these ranks leave."""
+        await self._known()
+        return await self._controller.scaler.remove(ranks)
+
+    async def autoscale(self, settings: Autoscaling | None) -> None:
+        """Scale by a policy from now on; None: no more."""
+        await self._known()
+        self._controller.autoscaler.configure(settings)
+
+    async def autoscaling(self) -> Autoscaling | None:
+        """By what the pool scales itself; None: it does not."""
+        await self._known()
+        return self._controller.autoscaler.settings
+
+    async def cancel_operation(self, operation: str) -> bool:
+        """Undo a running operation; False when it is not running, or decided."""
+        return self._controller.scaler.cancel(operation)
 
     async def shutdown(self, drain_s: float) -> None:
         """End the pool; nothing of it but this actor is left when this returns, and the actor follows."""
@@ -110,3 +148,19 @@ class ControllerActor:
 
     def _exit(self) -> None:
         asyncio.get_running_loop().call_later(_EXIT_GRACE_S, ray.kill, self._me)
+
+
+def observer_of(setup: PoolSetup) -> PoolObserver:
+    """What tells of this pool, as it was configured."""
+    config = setup.config
+    model, node_ip = model_name(config.model, config.engine), ray.util.get_node_ip_address()
+    directory = event_directory(config.event_log)
+    life = hashlib.sha256(setup.keys.server_public.encode()).hexdigest()[:8]  # new with each launch, and the same after a restart
+    return PoolObserver(
+        Stamp(config.pool, life),
+        engine=config.engine,
+        model=model,
+        node_ip=node_ip,
+        sink=RayMetrics(config.pool, model, node_ip) if config.metrics else None,
+        log=None if directory is None else EventLog(directory, config.pool),
+    )

@@ -10,8 +10,10 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.controller_actor import ControllerActor
+from actors.load_view import LoadView
 from actors.local_ray import ensure_ray, release_ray
 from actors.naming import NAMESPACE, controller_name, named_actors, sentinel_name
 from actors.pool_end import end_pool
@@ -27,6 +29,8 @@ from raycore.transport import endpoints
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_SOME_MEMORY_BYTES = 1
+"""An actor that asks for nothing at all is put on a random node, whatever it prefers: Ray heeds only a node that it must have."""
 
 
 class PoolDriver:
@@ -50,12 +54,13 @@ class PoolDriver:
 
     async def open(self) -> PoolAccess:
         """Bring the pool up. PoolExistsError when the name is taken; whatever else fails, also a cancellation, leaves nothing."""
-        self.acquire_ray()
-        try:
-            return await self._start()
-        except BaseException:
-            await asyncio.shield(self._undo())
-            raise
+        async with LoadView(self._config.pool).shown():
+            self.acquire_ray()
+            try:
+                return await self._start()
+            except BaseException:
+                await asyncio.shield(self._undo())
+                raise
 
     async def _start(self) -> PoolAccess:
         config = self._config
@@ -66,7 +71,7 @@ class PoolDriver:
         if config.lifetime == "scoped":
             await _to_its_end(self._make_sentinel)
         limits = config.timeouts
-        limit_s = limits.capacity_s * 2 + limits.engine_start_s + limits.control_s * 2
+        limit_s = limits.reserve_s * 2 + limits.engine_start_s + limits.control_s * 2
         return await remote_call(controller.start.remote(), limit_s=limit_s, what=f"pool {config.pool!r}: start")
 
     def _make_controller(self, setup: PoolSetup) -> Any:
@@ -131,7 +136,13 @@ async def _to_its_end(work: Callable[..., Any], *arguments: Any) -> Any:
 
 def _create_controller(setup: PoolSetup) -> Any:
     pool = setup.config.pool
-    options = ControllerActor.options(name=controller_name(pool), namespace=NAMESPACE, lifetime="detached", scheduling_strategy="DEFAULT")
+    options = ControllerActor.options(
+        name=controller_name(pool),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        scheduling_strategy=_here(or_elsewhere=True),  # another node takes over from one that is lost
+        memory=_SOME_MEMORY_BYTES,
+    )
     try:
         return options.remote(setup)
     except (ray.exceptions.ActorAlreadyExistsError, ValueError) as error:
@@ -139,6 +150,11 @@ def _create_controller(setup: PoolSetup) -> Any:
         raise PoolExistsError(message) from error
 
 
+def _here(*, or_elsewhere: bool) -> NodeAffinitySchedulingStrategy:
+    """The driver's node: the loss of another then takes neither the controller nor the sign of the driver's life."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=or_elsewhere)
+
+
 def _create_sentinel(pool: str) -> Any:
-    options = SentinelActor.options(name=sentinel_name(pool), namespace=NAMESPACE, scheduling_strategy="DEFAULT")
+    options = SentinelActor.options(name=sentinel_name(pool), namespace=NAMESPACE, scheduling_strategy=_here(or_elsewhere=False))
     return options.remote()

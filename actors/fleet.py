@@ -6,25 +6,34 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import ray.exceptions
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.capacity import Capacity
 from actors.engine_actor import EngineActor, EngineDescription
-from actors.groups import create_group, remove_group, wait_ready
-from actors.naming import NAMESPACE, engine_name
+from actors.groups import create_group, node_of, remove_group, wait_ready
+from actors.naming import NAMESPACE, ActorName, engine_name, standby_name
 from actors.nodes import actor_processes
 from actors.processes import end_process
 from actors.remote import remote_call
 from actors.setup import PoolSetup, actor_resources, rank_demand
-from raycore.errors import ConfigurationError, EngineDeadError, EngineStartError, RaycoreError
+from actors.weights import Giver
+from elastic.placement import UNPLANNED
+from raycore.errors import CapacityError, ConfigurationError, DeadlineError, EngineDeadError, EngineStartError, RaycoreError
 from raycore.ids import EngineId, Incarnation, Rank
+from raycore.load_progress import WeightProgress
 from raycore.membership import Member
 
 logger = logging.getLogger(__name__)
+
+
+_LOOK_S = 0.25
+"""How often a joiner is asked how much of its weights has come."""
 
 
 @dataclass(slots=True)
@@ -32,18 +41,25 @@ class EngineRecord:
     """All that the controller knows of one engine core; fields fill in the order in which they are made."""
 
     engine: EngineId
+    name: str
+    """The actor's."""
+    is_standby: bool = False
+    """Warm, and without a rank until it starts."""
     group_id: str = ""
     handle: Any = None
     member: Member | None = None
     pid: int = 0
     node_id: str = ""
+    weights: WeightProgress = field(default_factory=WeightProgress)
+    """Where its weights came from; while it starts, as far as it has come."""
 
 
 class Fleet:
     """Makes and ends engine cores of one pool."""
 
-    def __init__(self, setup: PoolSetup) -> None:
+    def __init__(self, setup: PoolSetup, capacity: Capacity) -> None:
         self._setup = setup
+        self._capacity = capacity
         self._pool = setup.config.pool
         self._timeouts = setup.config.timeouts
 
@@ -66,24 +82,105 @@ class Fleet:
 
     async def start_one(self, rank: Rank, node_id: str) -> EngineRecord:
         """Group, actor, engine, in this order; each step is undone when a later one fails or is cancelled."""
-        record = EngineRecord(EngineId(rank, Incarnation(secrets.token_hex(4))))
+        record = self.new_record(rank)
         try:
-            await self._bring_up(record, node_id)
-        except BaseException as error:
-            await asyncio.shield(self.dispose(record))
-            if isinstance(error, RaycoreError):
+            try:
+                await self.reserve(record, node_id)
+            except RaycoreError as error:
                 raise _named(error, rank) from error
+            await self.start(record)
+        except BaseException:
+            await asyncio.shield(self.dispose(record))
             raise
         return record
 
-    async def _bring_up(self, record: EngineRecord, node_id: str) -> None:
+    def new_record(self, rank: Rank) -> EngineRecord:
+        """Of a new engine core, of which nothing is made yet."""
+        engine = EngineId(rank, Incarnation(secrets.token_hex(4)))
+        return EngineRecord(engine, engine_name(self._pool, engine))
+
+    async def start_standby(self, node_id: str, members: Sequence[EngineRecord] = ()) -> EngineRecord:
+        """A warm engine core without a rank; undone when a step of it fails or is cancelled. `members`: who serves."""
+        incarnation = Incarnation(secrets.token_hex(4))
+        record = EngineRecord(EngineId(Rank(0), incarnation), standby_name(self._pool, incarnation), is_standby=True)
+        try:
+            await self.reserve(record, node_id)
+            record.handle = self._actor(record)
+            limit_s = self._timeouts.engine_start_s
+            record.pid = await remote_call(
+                record.handle.warm.remote(_givers(members)), limit_s=limit_s, what=f"standby {incarnation}", engine=record.engine
+            )
+        except BaseException:
+            await asyncio.shield(self.dispose(record))
+            raise
+        return record
+
+    async def reserve(self, record: EngineRecord, node_id: str) -> None:
+        """Have a placement group for the rank; DeadlineError when it does not get ready in time, CapacityError where no node came for it.
+
+        On an unplanned node the group is what makes Ray's autoscaler add one.
+        """
         engine, demand = record.engine, rank_demand(self._setup.config)
-        group = await create_group(self._pool, engine, demand, node_id)
+        creating = asyncio.ensure_future(create_group(record.name, demand, node_id))
+        try:
+            group = await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            record.group_id = (await creating).id.hex()  # it is made whether or not somebody still wants it
+            raise
         record.group_id = group.id.hex()
         # An actor queued on a group that never gets ready hangs without an error, so the group comes first.
-        await wait_ready(group, limit_s=self._timeouts.capacity_s, engine=engine)
+        if node_id != UNPLANNED:
+            await wait_ready(group, limit_s=self._timeouts.capacity_s, engine=engine)
+            record.node_id = node_id
+            return
+        try:
+            await wait_ready(group, limit_s=self._timeouts.new_nodes_s, engine=engine)
+        except DeadlineError as error:
+            raise await self._capacity.no_node_came() from error
+        record.node_id = await node_of(group)
+
+    async def start(self, record: EngineRecord, *, is_joining: bool = False, members: Sequence[EngineRecord] = ()) -> None:
+        """Start the actor on its group, and its engine core, or give a standby its rank; what that raises names the rank.
+
+        `is_joining`: others serve already, `members`, from whom it gets what it shares with them.
+        """
+        engine = record.engine
+        if record.is_standby:
+            starting = record.handle.promote.remote(engine.rank, _givers(members))
+            record.is_standby = False
+        else:
+            record.handle = self._actor(record, is_joining=is_joining)
+            starting = record.handle.start.remote(_givers(members))
+        limit_s = self._timeouts.engine_start_s
+        watching = asyncio.create_task(self._watch_weights(record)) if members else None
+        try:
+            member: Member = await remote_call(starting, limit_s=limit_s, what=f"{engine}: start", engine=engine)
+        except RaycoreError as error:
+            raise _named(error, engine.rank) from error
+        finally:
+            if watching is not None:
+                watching.cancel()
+        record.member, record.pid = member, member.pid
+        if members:
+            await self._see_weights(record)
+
+    async def _watch_weights(self, record: EngineRecord) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            await self._see_weights(record)
+
+    async def _see_weights(self, record: EngineRecord) -> None:
+        try:
+            call: Any = record.handle.weight_progress.remote()
+            record.weights = await remote_call(call, limit_s=self._timeouts.control_s, what=f"{record.engine}: weights")
+        except RaycoreError as error:
+            logger.info("%s of pool %s does not tell of its weights: %s", record.engine, self._pool, error)
+
+    def _actor(self, record: EngineRecord, *, is_joining: bool = False) -> Any:
+        engine, demand = record.engine, rank_demand(self._setup.config)
+        group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(record.group_id)))
         options = EngineActor.options(
-            name=engine_name(self._pool, engine),
+            name=record.name,
             namespace=NAMESPACE,
             lifetime="detached",
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -91,11 +188,7 @@ class Fleet:
             ),
             **actor_resources(demand),
         )
-        record.handle = options.remote(self._setup.engine(engine.rank, engine.incarnation, record.group_id))
-        record.node_id = node_id
-        limit_s = self._timeouts.engine_start_s
-        member: Member = await remote_call(record.handle.start.remote(), limit_s=limit_s, what=f"{engine}: start", engine=engine)
-        record.member, record.pid = member, member.pid
+        return options.remote(self._setup.engine(engine.rank, engine.incarnation, record.group_id, is_joining=is_joining))
 
     async def retire(self, record: EngineRecord, drain_s: float) -> None:
         """End an engine core by its own will where it has one, then dispose of it."""
@@ -121,25 +214,30 @@ class Fleet:
 
     async def _find_process(self, record: EngineRecord) -> None:
         for process in await asyncio.to_thread(actor_processes, self._pool):
-            if process.name.engine == record.engine:
+            if str(process.name) == record.name:
                 record.pid, record.node_id = process.pid, process.node_id
 
-    async def find(self, engine: EngineId, limit_s: float) -> tuple[EngineRecord, EngineDescription | None]:
-        """A running engine core by its name; without a description when it does not answer."""
-        record = EngineRecord(engine)
+    async def find(self, name: ActorName, limit_s: float) -> tuple[EngineRecord, EngineDescription | None]:
+        """A running engine core by its actor's name; without a description when it does not answer."""
+        record = EngineRecord(name.engine, str(name))
         try:
-            record.handle = await asyncio.to_thread(ray.get_actor, engine_name(self._pool, engine), NAMESPACE)
-            facts = await remote_call(record.handle.describe.remote(), limit_s=limit_s, what=f"{engine}: describe")
+            record.handle = await asyncio.to_thread(ray.get_actor, record.name, NAMESPACE)
+            facts = await remote_call(record.handle.describe.remote(), limit_s=limit_s, what=f"{name}: describe")
         except (ValueError, RaycoreError) as error:
-            logger.warning("%s of pool %s does not answer: %s", engine, self._pool, error)
+            logger.warning("%s does not answer: %s", name, error)
             return record, None
+        record.engine = facts.engine
         record.group_id, record.member, record.pid, record.node_id = facts.group_id, facts.member, facts.pid, facts.node_id
         return record, facts
 
 
+def _givers(members: Sequence[EngineRecord]) -> list[Giver]:
+    return [Giver(record.engine, record.member.endpoints.host, record.handle) for record in members if record.member is not None]
+
+
 def _named(error: RaycoreError, rank: Rank) -> RaycoreError:
-    """The same failure with the rank in its text; a wrong configuration stays one."""
-    if isinstance(error, ConfigurationError):
-        return ConfigurationError(f"rank {rank}: {error}")
+    """The same failure with the rank in its text; a wrong configuration and a lack of room stay what they are."""
+    if isinstance(error, ConfigurationError | CapacityError):
+        return type(error)(f"rank {rank}: {error}")
     cause = error.cause if isinstance(error, EngineDeadError) else f"{error}"
     return EngineStartError(f"rank {rank} could not start: {cause}", rank=rank, cause=cause)

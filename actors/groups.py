@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from actors.naming import ActorName, group_name, parse_name
 from actors.nodes import NODE_LABEL
 from actors.remote import remote_call
-from elastic.placement import RankDemand
+from elastic.placement import UNPLANNED, RankDemand
 from raycore.ids import EngineId
 
 _POLL_S = 0.02
@@ -26,14 +26,15 @@ class GroupRow(NamedTuple):
     state: str
 
 
-async def create_group(pool: str, engine: EngineId, demand: RankDemand, node_id: str) -> PlacementGroup:
-    """Ask for the rank's group on the planned node; it may not be ready yet."""
-    selector = {**demand.label_selector, NODE_LABEL: node_id}
+async def create_group(actor: str, demand: RankDemand, node_id: str) -> PlacementGroup:
+    """Ask for the group of this actor on the planned node, or on any where it is UNPLANNED; it may not be ready yet."""
+    pinned = {} if node_id == UNPLANNED else {NODE_LABEL: node_id}
+    selector = {**demand.label_selector, **pinned}
     return await asyncio.to_thread(
         placement_group,
         [dict(bundle) for bundle in demand.bundles],
         strategy=demand.strategy,
-        name=group_name(pool, engine),
+        name=group_name(actor),
         lifetime="detached",
         bundle_label_selector=[selector] * len(demand.bundles),
     )
@@ -42,6 +43,12 @@ async def create_group(pool: str, engine: EngineId, demand: RankDemand, node_id:
 async def wait_ready(group: PlacementGroup, *, limit_s: float, engine: EngineId) -> None:
     """Wait until the group's resources are held; DeadlineError after `limit_s`."""
     await remote_call(group.ready(), limit_s=limit_s, what=f"{engine}: its placement group")
+
+
+async def node_of(group: PlacementGroup) -> str:
+    """The node of a ready group's first bundle."""
+    row = await asyncio.to_thread(placement_group_table, group)
+    return row["bundles_to_node_id"][0]
 
 
 def pool_groups(pool: str | None = None) -> list[GroupRow]:

@@ -1,4 +1,4 @@
-"""Names in the Ray cluster: actors `pool/role/rank/incarnation`, placement groups the same behind a prefix."""
+"""Names in the Ray cluster: actors `pool/role/rank/incarnation` or `pool/client/name`, placement groups the same behind a prefix."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import ray.util
 
+from raycore.errors import ConfigurationError
 from raycore.ids import EngineId, Incarnation, Rank
 
 NAMESPACE = "raycore"
@@ -16,26 +17,35 @@ NAMESPACE = "raycore"
 GROUP_PREFIX = "raycore:"
 """Ray puts a placement group into its job's anonymous namespace, so its name has to say by itself whose it is."""
 
-_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,47})/(controller|sentinel|engine)/(\d+)/([A-Za-z0-9]+)")
+_POOL = r"([A-Za-z0-9][A-Za-z0-9_.-]{0,47})"
+_NAME = re.compile(_POOL + r"/(controller|coordinator|sentinel|engine|standby)/(\d+)/([A-Za-z0-9]+)")
+_CLIENT_NAME = re.compile(_POOL + r"/client/([A-Za-z0-9][A-Za-z0-9_.-]{0,63})")
 
 
 class Role(enum.StrEnum):
     """What a named actor is to its pool."""
 
     CONTROLLER = "controller"
+    COORDINATOR = "coordinator"
     SENTINEL = "sentinel"
     ENGINE = "engine"
+    STANDBY = "standby"
+    """An engine core without a rank; one that was promoted keeps the name, and is found by its incarnation."""
+    CLIENT = "client"
 
 
 class ActorName(NamedTuple):
-    """A parsed name."""
+    """A parsed name. A client actor's has the client's own name instead of rank and incarnation."""
 
     pool: str
     role: Role
-    rank: Rank
-    incarnation: Incarnation
+    rank: Rank = Rank(0)
+    incarnation: Incarnation = Incarnation("0")
+    client: str = ""
 
     def __str__(self) -> str:
+        if self.role is Role.CLIENT:
+            return f"{self.pool}/{self.role}/{self.client}"
         return f"{self.pool}/{self.role}/{self.rank}/{self.incarnation}"
 
     @property
@@ -46,12 +56,26 @@ class ActorName(NamedTuple):
 
 def controller_name(pool: str) -> str:
     """The controller is found by the pool's name alone: it has no other rank or incarnation."""
-    return str(ActorName(pool, Role.CONTROLLER, Rank(0), Incarnation("0")))
+    return str(ActorName(pool, Role.CONTROLLER))
+
+
+def coordinator_name(pool: str) -> str:
+    """There is one; Ray makes it anew under its name when it dies."""
+    return str(ActorName(pool, Role.COORDINATOR))
 
 
 def sentinel_name(pool: str) -> str:
     """The actor whose life is the driver's (scoped pools)."""
-    return str(ActorName(pool, Role.SENTINEL, Rank(0), Incarnation("0")))
+    return str(ActorName(pool, Role.SENTINEL))
+
+
+def client_name(pool: str, client: str) -> str:
+    """The client actor of this name. ConfigurationError for a name that cannot be one."""
+    name = str(ActorName(pool, Role.CLIENT, client=client))
+    if not _CLIENT_NAME.fullmatch(name):
+        msg = f"a client's name has 1 to 64 of [A-Za-z0-9_.-] and starts with a letter or digit, not {client!r}"
+        raise ConfigurationError(msg)
+    return name
 
 
 def engine_name(pool: str, engine: EngineId) -> str:
@@ -59,16 +83,23 @@ def engine_name(pool: str, engine: EngineId) -> str:
     return str(ActorName(pool, Role.ENGINE, engine.rank, engine.incarnation))
 
 
-def group_name(pool: str, engine: EngineId) -> str:
-    """The placement group of one engine core."""
-    return GROUP_PREFIX + engine_name(pool, engine)
+def standby_name(pool: str, incarnation: Incarnation) -> str:
+    """The actor of an engine core that began as a standby, whatever rank it has now."""
+    return str(ActorName(pool, Role.STANDBY, incarnation=incarnation))
+
+
+def group_name(actor: str) -> str:
+    """The placement group of the engine core whose actor has this name."""
+    return GROUP_PREFIX + actor
 
 
 def parse_name(text: str) -> ActorName | None:
     """The parts of an actor's or placement group's name; None when it is not ours."""
-    match = _NAME.fullmatch(text.removeprefix(GROUP_PREFIX))
+    text = text.removeprefix(GROUP_PREFIX)
+    match = _NAME.fullmatch(text)
     if match is None:
-        return None
+        client = _CLIENT_NAME.fullmatch(text)
+        return None if client is None else ActorName(client[1], Role.CLIENT, client=client[2])
     return ActorName(match[1], Role(match[2]), Rank(int(match[3])), Incarnation(match[4]))
 
 

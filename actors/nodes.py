@@ -30,6 +30,7 @@ class ActorProcess(NamedTuple):
 def cluster_nodes() -> list[NodeSnapshot]:
     """Every node; this process's node first, so that `pack` starts where the caller is, then in order of address."""
     available = ray_state.available_resources_per_node()
+    draining = draining_nodes()
     here = ray.get_runtime_context().get_node_id()
     rows = sorted(ray.nodes(), key=lambda row: (row["NodeID"] != here, row["NodeManagerAddress"], row["NodeID"]))
     return [
@@ -40,9 +41,15 @@ def cluster_nodes() -> list[NodeSnapshot]:
             available=available.get(row["NodeID"], {}),
             labels=row.get("Labels", {}),
             alive=row["Alive"],
+            is_draining=row["NodeID"] in draining,
         )
         for row in rows
     ]
+
+
+def draining_nodes() -> set[str]:
+    """Ids of nodes that Ray was told to take away soon; it starts nothing new on them."""
+    return set(ray_state.state.get_draining_nodes())
 
 
 def actor_processes(pool: str) -> list[ActorProcess]:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
 _RETRY_S = 0.2
-_END_ORDER = (Role.CONTROLLER, Role.ENGINE, Role.SENTINEL)
+_END_ORDER = (Role.CONTROLLER, Role.COORDINATOR, Role.CLIENT, Role.STANDBY, Role.ENGINE, Role.SENTINEL)
 """The controller first, or it would mourn its engines; the sentinel last, or the controller would mourn its driver."""
 
 
@@ -95,6 +95,15 @@ async def clean_up(pool: str, *, limit_s: float) -> CleanupReport:
         socket_directories=endpoints.sweep(pool),
         shared_memory_files=tensors.sweep(pool),
     )
+
+
+async def end_clients(pool: str, *, limit_s: float) -> None:
+    """Kill the pool's client actors and see their processes gone."""
+    names = [name for name in await asyncio.to_thread(named_actors, pool) if name.role is Role.CLIENT]
+    if names:
+        processes = [process for process in await asyncio.to_thread(actor_processes, pool) if process.name in names]
+        await asyncio.gather(*map(_kill_actor, names))
+        await _end_processes(pool, processes, limit_s)
 
 
 async def _end_processes(pool: str, processes: Sequence[ActorProcess], limit_s: float) -> tuple[int, ...]:

@@ -55,13 +55,17 @@ class PoolSetup(msgspec.Struct, frozen=True, kw_only=True):
             model=config.model,
             engine=config.engine,
             on_engine_death=config.on_engine_death,
+            allow_pickle=config.allow_pickle,
+            router=config.router,
+            router_options=config.router_options,
             limits=config.limits,
             timeouts=config.timeouts,
             health=config.health,
+            metrics=config.metrics,
         )
 
-    def engine(self, rank: Rank, incarnation: Incarnation, group_id: str) -> EngineSetup:
-        """One engine core's share."""
+    def engine(self, rank: Rank, incarnation: Incarnation, group_id: str, *, is_joining: bool = False) -> EngineSetup:
+        """One engine core's share; `is_joining`: the pool runs already."""
         config = self.config
         spec = EngineSpec(
             pool=config.pool,
@@ -78,7 +82,12 @@ class PoolSetup(msgspec.Struct, frozen=True, kw_only=True):
             server_public_key=self.keys.server_public,
             server_secret_key=self.keys.server_secret,
             client_public_key=self.keys.client_public,
+            client_secret_key=self.keys.client_secret,
             allow_pickle=config.allow_pickle,
+            debug_checks=config.debug_checks,
+            warm_weights=config.warm == "weights",
+            data_parallel_size=config.data_parallel_size,
+            is_joining=is_joining,
         )
         return EngineSetup(spec=spec, access=self.access(Membership(pool=config.pool)), group_id=group_id, environment=self.environment)
 
@@ -93,6 +102,10 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"EngineSetup({self.spec!r})"
+
+    def as_rank(self, rank: Rank) -> EngineSetup:
+        """The same engine core with this rank."""
+        return msgspec.structs.replace(self, spec=msgspec.structs.replace(self.spec, rank=rank))
 
     @property
     def engine(self) -> EngineId:

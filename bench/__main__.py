@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHES = ("transport", "pool", "torch_engine")
+BENCHES = ("transport", "pool", "frontends", "http_front", "torch_engine")
 
 
 def main() -> int:

@@ -20,14 +20,22 @@ POOL = "bench"
 
 
 @contextmanager
-def engine_process(options: dict[str, Any], *, cpu: int | None = None, ranks: int = 1, busy_poll_s: float = 0.0) -> Iterator[PoolAccess]:
-    """Echo engines with everything the product does switched on; they end with the block."""
+def engine_process(
+    options: dict[str, Any],
+    *,
+    cpu: int | None = None,
+    ranks: int = 1,
+    busy_poll_s: float | None = None,
+    engine: str = "echo",
+    model: str | None = None,
+) -> Iterator[PoolAccess]:
+    """Engines with everything the product does switched on; they end with the block."""
     context = multiprocessing.get_context("spawn")
     pipes: list[Any] = []
     processes: list[Any] = []
     for rank in range(ranks):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, rank, options, cpu, busy_poll_s), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, rank, options, cpu, busy_poll_s, engine, model), daemon=True)
         process.start()
         pipes.append(ours)
         processes.append(process)
@@ -36,7 +44,7 @@ def engine_process(options: dict[str, Any], *, cpu: int | None = None, ranks: in
     for pipe in pipes:
         pipe.send(membership)
     try:
-        yield PoolAccess(membership=membership, engine="echo")
+        yield PoolAccess(membership=membership, engine=engine)
     finally:
         for pipe in pipes:
             pipe.send("stop")
@@ -46,19 +54,21 @@ def engine_process(options: dict[str, Any], *, cpu: int | None = None, ranks: in
                 process.kill()
 
 
-def _serve(pipe: Connection, rank: int, options: dict[str, Any], cpu: int | None, busy_poll_s: float) -> None:
+def _serve(
+    pipe: Connection, rank: int, options: dict[str, Any], cpu: int | None, busy_poll_s: float | None, engine: str, model: str | None
+) -> None:
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})
     spec = EngineSpec(
         pool=POOL,
         rank=rank,
         incarnation=f"bench{rank}",
-        engine="echo",
-        model=None,
+        engine=engine,
+        model=model,
         engine_options=options,
         device="cpu",
         tcp="never",
-        limits=Limits(busy_poll_s=busy_poll_s),
+        limits=Limits() if busy_poll_s is None else Limits(busy_poll_s=busy_poll_s),
         timeouts=Timeouts(),
         health=HealthConfig(),
     )

@@ -10,6 +10,8 @@ from typing import Literal
 
 NodeStrategy = Literal["pack", "spread", "strict"]
 
+UNPLANNED = ""
+"""In place of a node's id: Ray finds the rank a node, or its autoscaler adds one."""
 _EPSILON = 1e-4
 """Ray counts resources in ten-thousandths."""
 _UNBOUNDED = 1 << 30
@@ -27,6 +29,13 @@ class NodeSnapshot:
     available: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
     alive: bool = True
+    is_draining: bool = False
+    """Ray takes it away soon, and starts nothing on it."""
+
+    @property
+    def takes_ranks(self) -> bool:
+        """Whether anything may be placed here."""
+        return self.alive and not self.is_draining
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,7 @@ class RankDemand:
 
 @dataclass(frozen=True, slots=True)
 class PlacementPlan:
-    """The node id of every rank, in order of ranks."""
+    """The node id of every rank, in order of ranks; UNPLANNED for those that no node takes yet."""
 
     nodes: tuple[str, ...]
 
@@ -61,13 +70,21 @@ class Shortage:
 
 def plan_placement(nodes: Sequence[NodeSnapshot], demand: RankDemand, count: int, node_strategy: NodeStrategy) -> PlacementPlan | Shortage:
     """A node for each of `count` ranks: `pack` fills nodes in order, `spread` levels them, `strict` uses every used node equally."""
-    eligible = [node for node in nodes if node.alive and matches(node.labels, demand.label_selector)]
+    eligible = [node for node in nodes if node.takes_ranks and matches(node.labels, demand.label_selector)]
     need = demand.total()
     now = _distribute([(n.node_id, _room(n.available, need)) for n in eligible], count, node_strategy)
     if now is not None:
         return PlacementPlan(now)
     ever = _distribute([(n.node_id, _room(n.total, need)) for n in eligible], count, node_strategy)
     return Shortage(is_infeasible=ever is None, text=_explain(nodes, demand, count, node_strategy, is_infeasible=ever is None))
+
+
+def plan_partly(nodes: Sequence[NodeSnapshot], demand: RankDemand, count: int, node_strategy: NodeStrategy) -> PlacementPlan:
+    """A node for as many of the ranks as there is room for now; the last ones wait for nodes that are to come."""
+    eligible = [node for node in nodes if node.takes_ranks and matches(node.labels, demand.label_selector)]
+    rooms = [(node.node_id, _room(node.available, demand.total())) for node in eligible]
+    now = min(count, sum(room for _, room in rooms))
+    return PlacementPlan((*(_distribute(rooms, now, node_strategy) or ()), *([UNPLANNED] * (count - now))))
 
 
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
@@ -135,7 +152,7 @@ def _explain(nodes: Sequence[NodeSnapshot], demand: RankDemand, count: int, node
     lines += [f"  {_describe(node, need, demand.label_selector)}" for node in nodes]
     if not nodes:
         lines.append("  the cluster has no nodes")
-    elif demand.label_selector and not any(n.alive and matches(n.labels, demand.label_selector) for n in nodes):
+    elif demand.label_selector and not any(n.takes_ranks and matches(n.labels, demand.label_selector) for n in nodes):
         lines.append(f"  no node that lives has the labels {dict(demand.label_selector)}")
     return "\n".join(lines)
 
@@ -144,6 +161,8 @@ def _describe(node: NodeSnapshot, need: Mapping[str, float], selector: Mapping[s
     name = f"node {node.ip} ({node.node_id[:8]})"
     if not node.alive:
         return f"{name}: dead"
+    if node.is_draining:
+        return f"{name}: Ray is taking it away"
     wrong = [key for key in selector if not _accepts(selector[key], node.labels.get(key))]
     if wrong:
         found = ", ".join(f"{key}={node.labels.get(key, 'unset')} (wanted {selector[key]})" for key in wrong)

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raycore.api import cleanup, connect, launch, make_client, pool_status
+    from raycore.api import cleanup, client_actor, connect, launch, make_client, pool_status
     from raycore.client.journal import RequestOutput
     from raycore.errors import (
         AdmissionError,
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         EngineError,
         EngineStartError,
         InvalidRequestError,
+        OverloadedError,
+        PauseInProgressError,
         PoolError,
         PoolNotFoundError,
         RaycoreError,
@@ -41,6 +43,8 @@ __all__ = [
     "EngineError",
     "EngineStartError",
     "InvalidRequestError",
+    "OverloadedError",
+    "PauseInProgressError",
     "PoolError",
     "PoolNotFoundError",
     "RaycoreError",
@@ -51,6 +55,7 @@ __all__ = [
     "SamplingParams",
     "UtilityError",
     "cleanup",
+    "client_actor",
     "connect",
     "launch",
     "make_client",
@@ -60,7 +65,7 @@ __all__ = [
 _HOMES = {
     "SamplingParams": "raycore.sampling",
     "RequestOutput": "raycore.client.journal",
-    **dict.fromkeys(("cleanup", "connect", "launch", "make_client", "pool_status"), "raycore.api"),
+    **dict.fromkeys(("cleanup", "client_actor", "connect", "launch", "make_client", "pool_status"), "raycore.api"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from raycore.client.logprobs import TokenLogprob
 from raycore.errors import RaycoreError
 from raycore.sampling import SamplingParams
 from raycore.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Answer(msgspec.Struct):
-    """One prompt and what came back; times are seconds of one clock."""
+    """One prompt and what came back; times are seconds of one clock. `index`: which of the prompt's `n` answers it is."""
 
     prompt: str
     text: str = ""
@@ -32,11 +33,14 @@ class Answer(msgspec.Struct):
     asked_s: float = 0.0
     first_token_s: float | None = None
     ended_s: float | None = None
+    index: int = 0
+    logprobs: list[TokenLogprob] = []
 
     def take(self, output: RequestOutput, now_s: float) -> None:
         """Add what an output brings."""
         self.text += output.text
         self.token_ids.extend(output.token_ids)
+        self.logprobs.extend(output.logprobs or ())
         self.rank, self.prompt_tokens = output.rank, output.prompt_tokens
         if output.token_ids and self.first_token_s is None:
             self.first_token_s = now_s
@@ -54,6 +58,11 @@ class RankSummary(msgspec.Struct, frozen=True):
     tokens_per_s: float
     first_token_s: float
     """Median over the requests, from asking to the first token."""
+
+
+def answers_to(prompts: Sequence[str], n: int) -> list[Answer]:
+    """Empty answers, n in a row for each prompt."""
+    return [Answer(prompt, index=index) for prompt in prompts for index in range(n)]
 
 
 def summarise(answers: Sequence[Answer]) -> list[RankSummary]:
@@ -88,22 +97,45 @@ async def ask_all(
 ) -> None:
     """Ask all prompts at once and fill in the answers as they stream; the first error ends the others and is raised.
 
+    `answers`: `sampling.n` in a row for each prompt, as `answers_to` makes them.
     `chat`: the tokenizer whose chat template the prompts go through; None asks them as they are.
     """
 
-    async def ask(answer: Answer) -> None:
-        prompt = _prompt_of(answer, chat)
-        answer.asked_s = clock()
-        async for output in client.generate(prompt, sampling, detokenize=True):
-            answer.take(output, clock())
-            on_news(answer)
-
     try:
         async with asyncio.TaskGroup() as group:
-            for answer in answers:
-                group.create_task(ask(answer))
+            for begin in range(0, len(answers), sampling.n):
+                group.create_task(_ask(client, answers[begin : begin + sampling.n], sampling, chat, on_news, clock))
     except* RaycoreError as errors:
         raise _first(errors) from None
+
+
+async def ask_one(
+    client: EngineCoreClient,
+    answer: Answer,
+    sampling: SamplingParams,
+    *,
+    chat: Tokenizer | None,
+    on_news: Callable[[Answer], None] = lambda _answer: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Ask one prompt and fill in its answer as it streams."""
+    await _ask(client, [answer], sampling, chat, on_news, clock)
+
+
+async def _ask(
+    client: EngineCoreClient,
+    own: Sequence[Answer],
+    sampling: SamplingParams,
+    chat: Tokenizer | None,
+    on_news: Callable[[Answer], None],
+    clock: Callable[[], float],
+) -> None:
+    prompt = _prompt_of(own[0], chat)
+    for answer in own:
+        answer.asked_s = clock()
+    async for output in client.generate(prompt, sampling, detokenize=True):
+        own[output.index].take(output, clock())
+        on_news(own[output.index])
 
 
 def ask_all_in_process(
@@ -114,7 +146,7 @@ def ask_all_in_process(
     chat: Tokenizer | None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """The same with a blocking client, which steps an engine in process itself."""
+    """The same with a blocking client, which steps an engine in process itself; one answer for each prompt."""
     asked: dict[str, Answer] = {}
     for answer in answers:
         prompt = _prompt_of(answer, chat)

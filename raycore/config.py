@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import msgspec
@@ -21,7 +23,12 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Every wait of the system has its limit here; seconds."""
 
     capacity_s: float = 60.0
-    """Placement groups becoming ready."""
+    """Resources that other work holds becoming free, and placement groups becoming ready."""
+    new_nodes_s: float = 0.0
+    """Nodes coming for ranks that the cluster has no room for: their groups are pending meanwhile, for which Ray's autoscaler adds nodes.
+
+    0: nothing is asked of it, and what can never fit the cluster as it is, is refused at once.
+    """
     engine_start_s: float = 600.0
     """One engine core from actor creation to listening, weights included."""
     attach_s: float = 30.0
@@ -32,8 +39,19 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """`shutdown` waiting for running requests before it aborts them."""
     stop_s: float = 10.0
     """An engine core ending by itself before it is killed."""
+    group_s: float = 30.0
+    """The process group of ranks in lockstep being formed."""
+    collective_s: float = 60.0
+    """One collective of ranks in lockstep; more than any step takes."""
+    regroup_s: float = 60.0
+    """Requests of ranks in lockstep whose group broke waiting for a new one before they fail."""
     control_s: float = 30.0
     """A Ray call that only hands over state."""
+
+    @property
+    def reserve_s(self) -> float:
+        """The longest that ranks wait for their placement groups."""
+        return max(self.capacity_s, self.new_nodes_s)
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,8 +59,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     lease_s: float = 30.0
     """A session silent for longer is ended and its requests aborted."""
-    disconnect_grace_s: float = 1.0
-    """A session whose connection closed may come back for this long."""
+    disconnect_grace_s: float = 0.5
+    """A session whose ZeroMQ connection closed may come back for this long; ZeroMQ connects again after a tenth of a second."""
     session_backlog_bytes: int = 64 << 20
     """Outputs queued in an engine for one slow client before its session ends."""
     socket_high_water_mark: int = 1000
@@ -53,14 +71,29 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Tensors up to this size travel inside the message."""
     shared_memory_bytes: int = 64 << 10
     """From this size on, tensors of one host go through a file in /dev/shm."""
-    busy_poll_s: float = 0.0
-    """How long an engine core that has run out of work looks again before it sleeps.
+    busy_poll_s: float = 0.0005
+    """How long an engine core that has run out of work looks again before it sleeps; 0: never.
 
-    A few hundred microseconds take a wake-up and cold caches off each round trip of a lone client, for as much CPU time after every burst;
-    useless where there are more busy threads than CPUs.
+    It takes a wake-up and cold caches off each round trip of a client that asks again at once. It is done only while it pays: after a few
+    looks in vain an engine core sleeps at once, until sleeps turn out to be shorter than this.
     """
     session_requests: int = 65_536
     """Requests that one session may have at once on one engine."""
+    waiting_requests: int | None = 32_768
+    """Requests without a token yet at one engine, held ones included; over it: OverloadedError. None, here and below: no limit."""
+    waiting_tokens: int | None = 16 << 20
+    """Their prompt tokens (four bytes each)."""
+    client_waiting_requests: int | None = 16_384
+    """Of them, those of one client."""
+    client_waiting_tokens: int | None = 8 << 20
+    waiting_tensor_bytes: int | None = 1 << 30
+    """Bytes of the tensors that came with what waits at one engine."""
+    client_requests: int | None = 131_072
+    """Requests that one client may have in flight, over all engines; the next one is refused before it is sent."""
+    client_tokens: int | None = 64 << 20
+    """Their prompt tokens, which the client keeps until they end."""
+    weight_portion_bytes: int = 16 << 20
+    """Weights that one rank sends to one that joins in one exchange; both hold a buffer of it, the joiner one for each sender."""
 
 
 class HealthConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +111,26 @@ class HealthConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _GROUPS: dict[str, type[msgspec.Struct]] = {"timeouts": Timeouts, "limits": Limits, "health": HealthConfig}
-MAY_BE_ZERO = frozenset({"drain_s", "disconnect_grace_s", "grace_s", "inline_tensor_bytes", "busy_poll_s"})
+MAY_BE_NONE = frozenset(name for name in Limits.__struct_fields__ if name.startswith(("waiting_", "client_")))
+MAY_BE_ZERO = frozenset({"drain_s", "new_nodes_s", "disconnect_grace_s", "grace_s", "inline_tensor_bytes", "busy_poll_s"})
+
+
+def debug_checks_wanted() -> bool:
+    """Whether RAYCORE_DEBUG_CHECKS is set to anything but 0."""
+    return os.environ.get("RAYCORE_DEBUG_CHECKS", "0") != "0"
+
+
+def event_log_wanted() -> str:
+    """Where pools' event logs go: `RAYCORE_EVENT_LOG`, else "auto"."""
+    return os.environ.get("RAYCORE_EVENT_LOG") or "auto"
+
+
+def state_directory() -> Path:
+    """Where what outlasts a pool is kept: `XDG_STATE_HOME`, else `~/.local/state`, and `raycore` in it."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "raycore"
+
+
+DEFAULT_ROUTER = "work"
 
 
 class PoolConfig(pydantic.BaseModel):
@@ -95,6 +147,10 @@ class PoolConfig(pydantic.BaseModel):
     engine_options: dict[str, Any] = pydantic.Field(default_factory=dict)
     data_parallel_size: int = pydantic.Field(default=1, ge=1, le=1024)
     tensor_parallel_size: int = pydantic.Field(default=1, ge=1)
+    standby: int = pydantic.Field(default=0, ge=0, le=64)
+    """Engine cores that are kept warm beside the ranks: scaling promotes them at once, and a rank that dies is replaced."""
+    warm: Literal["process", "weights"] = "process"
+    """How warm: the process with its imports and device, or with the model loaded too."""
     max_data_parallel_size: int = pydantic.Field(default=8, ge=1)
     """Where raycore starts a local Ray itself, it gives it logical CPUs for this many engines."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -108,11 +164,25 @@ class PoolConfig(pydantic.BaseModel):
     forward_env: tuple[str, ...] = ("HF_*", "RAYCORE_*", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
     """Names or patterns of the driver's environment variables that engines get, unless their node sets them."""
     lifetime: Literal["scoped", "detached"] = "scoped"
+    coordinator: Literal["auto", "never"] = "auto"
+    """auto: a pool that has or may get more than one rank has one; it spreads loads and speeds up waves, and nothing depends on it."""
     tcp: Literal["auto", "always", "never"] = "auto"
     """auto: engines bind TCP where their node's address is not loopback."""
-    on_engine_death: Literal["fail", "replay"] = "fail"
-    """What happens to a dead engine's requests: a typed error, or re-admission elsewhere."""
+    on_engine_death: Literal["fail", "replay"] = "replay"
+    """What happens to a dead engine's requests: re-admission elsewhere, or a typed error."""
+    router: str = DEFAULT_ROUTER
+    """How clients choose engines (`docs/routing.md`): a policy's name, or `module:name` of a user's own, importable where clients are."""
+    router_options: dict[str, Any] = pydantic.Field(default_factory=dict)
+    autoscaling: dict[str, Any] | None = None
+    """How the pool scales itself (`docs/autoscaling.md`); None: it does not."""
     allow_pickle: bool = False
+    """Whether clients may send functions to the engines (`collective_rpc` with a callable): they run with the engines' rights."""
+    debug_checks: bool = pydantic.Field(default_factory=debug_checks_wanted)
+    """Whether each engine core checks its tables, and its engine's, whenever it becomes idle; a wrong one ends the engine."""
+    metrics: bool = True
+    """Whether the pool and its clients report to Ray's metrics agents (`docs/operations.md`)."""
+    event_log: str = pydantic.Field(default_factory=event_log_wanted)
+    """Directory of the pool's event log on the controller's node; "auto": the user's state directory; "off": none."""
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
     health: HealthConfig = HealthConfig()
@@ -135,7 +205,13 @@ class PoolConfig(pydantic.BaseModel):
     @classmethod
     def _positive(cls, value: msgspec.Struct) -> msgspec.Struct:
         for name in value.__struct_fields__:
-            if not getattr(value, name) > 0 and name not in MAY_BE_ZERO:
+            setting = getattr(value, name)
+            if setting is None:
+                if name in MAY_BE_NONE:
+                    continue
+                msg = f"{name} must be a number"
+                raise ValueError(msg)
+            if not setting > 0 and name not in MAY_BE_ZERO:
                 msg = f"{name} must be more than 0"
                 raise ValueError(msg)
         return value
@@ -156,6 +232,13 @@ class PoolConfig(pydantic.BaseModel):
             raise ValueError(msg)
         return value
 
+    @pydantic.model_validator(mode="after")
+    def _strict_is_planned(self) -> PoolConfig:
+        if self.timeouts.new_nodes_s and self.node_strategy == "strict":
+            msg = "node_strategy 'strict' needs nodes that are there; with timeouts.new_nodes_s it is Ray that places ranks on new ones"
+            raise ValueError(msg)
+        return self
+
     @pydantic.field_validator("forward_env")
     @classmethod
     def _not_what_ray_sets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -166,6 +249,12 @@ class PoolConfig(pydantic.BaseModel):
                     raise ValueError(msg)
         return value
 
+
+API_KEY_VARIABLE = "RAYCORE_API_KEY"
+"""Holds the HTTP front's key, so that it is on no command line."""
+
+SECRETS = frozenset({API_KEY_VARIABLE})
+"""No business of the engines, whatever pattern they match."""
 
 NEVER_FORWARDED = ("RAY_ADDRESS", "RAY_worker_niceness", "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR")
 """Copying these from a driver breaks workers (ray-notes, gotcha 10)."""
@@ -180,8 +269,17 @@ def parse_config(values: Mapping[str, Any]) -> PoolConfig:
 
 
 def forwarded_environment(patterns: tuple[str, ...]) -> dict[str, str]:
-    """The driver's variables that match: the one place where the environment is read for engines."""
-    return {k: v for k, v in os.environ.items() if any(fnmatch.fnmatchcase(k, p) for p in patterns)}
+    """The driver's variables that match, secrets excepted: the one place where the environment is read for engines."""
+    return {k: v for k, v in os.environ.items() if k not in SECRETS and any(fnmatch.fnmatchcase(k, p) for p in patterns)}
+
+
+def log_level(environment: Mapping[str, str] | None = None) -> str:
+    """From which level a pool's processes log: `RAYCORE_LOG_LEVEL`, else WARNING; an unknown name is WARNING too.
+
+    `environment`: the driver's, which counts where the process has none of its own.
+    """
+    wanted = (os.environ.get("RAYCORE_LOG_LEVEL") or (environment or {}).get("RAYCORE_LOG_LEVEL", "")).upper()
+    return wanted if wanted in logging.getLevelNamesMapping() else "WARNING"
 
 
 def _readable(error: Exception) -> str:
@@ -208,7 +306,16 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     server_public_key: str = ""
     server_secret_key: str = ""
     client_public_key: str = ""
+    client_secret_key: str = ""
+    """Ranks in lockstep are clients of one another."""
     allow_pickle: bool = False
+    debug_checks: bool = False
+    data_parallel_size: int = 1
+    """Ranks that the pool has, or shall have, when this engine serves."""
+    warm_weights: bool = False
+    """Whether a standby loads the model before it knows its rank."""
+    is_joining: bool = False
+    """The pool runs already: an expert-parallel engine gets its experts from the others."""
 
     def __repr__(self) -> str:
         return f"EngineSpec(pool={self.pool!r}, rank={self.rank}, incarnation={self.incarnation!r}, engine={self.engine!r})"

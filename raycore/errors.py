@@ -6,23 +6,36 @@ RaycoreError
 │   ├── DuplicateRequestError     this id is in flight
 │   ├── UnknownRankError          an explicit rank that is no member
 │   ├── RequestFailedError        the engine could not run this request; the others go on
-│   └── AdmissionError            too much is waiting; retry_after_s says when to try again
+│   └── AdmissionError            not now; retry_after_s says when to try again
+│       └── OverloadedError             more waits, at the engines or in this client, than may
 ├── UtilityError            a utility call did not give a result
 │   ├── UnknownOperationError     not a declared operation
 │   ├── InvalidArgumentsError     arguments do not fit the declaration (TypeError)
 │   ├── NotSupportedError         this engine, or this way of running it, cannot do that
+│   ├── EngineStateError          not now: the engine sleeps, is awake already, or is at work; the text says what to do first
+│   ├── AdapterError              a LoRA adapter that is wrong, unknown, in use, or finds no room
+│   ├── SaveError                 weights that could not be written; nothing of them was left
 │   ├── RemoteCallError           the method raised on the engine: type, message, method, rank
 │   ├── CallTimeoutError          no reply before the deadline (TimeoutError)
+│   ├── PickleRefusedError        a pickled function for a pool launched without allow_pickle
+│   ├── UnsendableResultError     the call ran, and its result cannot travel
+│   ├── PauseInProgressError      a pause or resume of somebody else has not ended
 │   └── DisagreementError         ranks answered differently
 ├── EngineError             an engine is at fault; other ranks go on
 │   ├── EngineDeadError           a process died, hung or failed: rank and cause
-│   └── EngineStartError          an engine could not start: rank and cause
+│   │   └── ExpertsLostError            likewise in an expert-parallel pool, which ended with it; rank: the one that was lost
+│   ├── EngineStartError          an engine could not start: rank and cause
+│   ├── LockstepError             ranks that step together lost one another
+│   ├── WeightCopyError           a rank that joins did not get its weights from its peers; it loads them from disk
+│   └── RankLeftError             the rank left the pool, and the request was pinned to it
 ├── PoolError               the deployment as a whole
 │   ├── ConfigurationError        the configuration cannot be right (ValueError)
 │   ├── CapacityError             the cluster lacks resources: what is missing and where
 │   ├── PoolNotFoundError         no pool of that name
 │   ├── PoolExistsError           the name is taken
 │   ├── NoEngineError             no engine can take work now
+│   ├── ScalingError              a scaling operation was undone: its id, the phase, why
+│   ├── ScalingBusyError          another scaling operation is running: its id
 │   └── DeadlineError             a lifecycle step took too long (TimeoutError)
 ├── TransportError          bytes: a frame that does not decode, a session that is lost
 │   ├── FrameError                a frame that does not decode or breaks its session's order
@@ -74,11 +87,15 @@ class RequestFailedError(RequestError):
 
 
 class AdmissionError(RequestError):
-    """Too much is waiting already; try again after `retry_after_s` seconds."""
+    """The request cannot be taken in now; try again after `retry_after_s` seconds."""
 
     def __init__(self, message: str, *, request_id: str | None = None, retry_after_s: float = 1.0) -> None:
         super().__init__(message, request_id=request_id)
         self.retry_after_s = retry_after_s
+
+
+class OverloadedError(AdmissionError):
+    """As many requests or prompt tokens wait as may (`Limits`); `retry_after_s`: how long what waits will take at the measured rate."""
 
 
 class UtilityError(RaycoreError):
@@ -105,6 +122,18 @@ class NotSupportedError(UtilityError):
     """This engine, or this way of running it, cannot do the operation."""
 
 
+class EngineStateError(UtilityError):
+    """The engine is not in a state for this operation; the text says what to do first."""
+
+
+class AdapterError(UtilityError):
+    """A LoRA adapter that cannot be loaded, found, removed or given room; the engine goes on as it was."""
+
+
+class SaveError(UtilityError):
+    """Weights could not be written; nothing half written is left."""
+
+
 class RemoteCallError(UtilityError):
     """The method raised on the engine."""
 
@@ -116,6 +145,18 @@ class RemoteCallError(UtilityError):
 
 class CallTimeoutError(UtilityError, TimeoutError):
     """No reply before the call's deadline."""
+
+
+class PickleRefusedError(UtilityError):
+    """A function can be sent only to a pool that was launched with `allow_pickle=True`; nothing was unpickled."""
+
+
+class UnsendableResultError(UtilityError):
+    """The call ran on the engine, and what it returned cannot be sent."""
+
+
+class PauseInProgressError(UtilityError):
+    """A pause (or resume) is in progress and has not completed; nothing was changed. Try again when it has, or end it first."""
 
 
 class DisagreementError(UtilityError):
@@ -142,8 +183,24 @@ class EngineDeadError(EngineError):
     """The engine's process died, hung, or its step loop failed."""
 
 
+class ExpertsLostError(EngineDeadError):
+    """An expert-parallel pool lost a rank and its experts, and has ended; `rank` and `cause` are those of the rank that was lost."""
+
+
+class LockstepError(EngineError):
+    """Ranks that step together lost one another: a collective failed, or took too long, or no new group came."""
+
+
+class WeightCopyError(EngineError):
+    """Weights that peers offered did not come, or do not fit what is to be made of them."""
+
+
 class EngineStartError(EngineError):
     """The engine could not start."""
+
+
+class RankLeftError(EngineError):
+    """The rank left the pool by choice, and the request may run on no other."""
 
 
 class PoolError(RaycoreError):
@@ -168,6 +225,22 @@ class PoolExistsError(PoolError):
 
 class NoEngineError(PoolError):
     """No engine of the pool can take work now."""
+
+
+class ScalingError(PoolError):
+    """A scaling operation failed and was undone; the old topology serves. `operation`, `phase`: which one, and where it failed."""
+
+    def __init__(self, message: str, *, operation: str = "", phase: str = "") -> None:
+        super().__init__(message)
+        self.operation = operation
+        self.phase = phase
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), str(self), self.__dict__)
+
+
+class ScalingBusyError(ScalingError):
+    """Another scaling operation is running; nothing was done. `operation` and `phase` say which and where it is."""
 
 
 class DeadlineError(PoolError, TimeoutError):
@@ -196,11 +269,12 @@ def sendable(text: str) -> str:
 
 
 class ErrorRecord(msgspec.Struct, frozen=True, array_like=True):
-    """An error on the wire: the type's name, its text, and optionally the remote traceback."""
+    """An error on the wire: the type's name, its text, optionally the remote traceback, and when to try again."""
 
     type: str
     message: str
     traceback: str = ""
+    retry_after_s: float | None = None
 
 
 def _rebuild(kind: type[RaycoreError], message: str, state: dict[str, Any]) -> RaycoreError:

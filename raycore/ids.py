@@ -25,3 +25,16 @@ class EngineId(msgspec.Struct, frozen=True, array_like=True):
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.incarnation})"
+
+
+class GroupStamp(msgspec.Struct, frozen=True, array_like=True):
+    """Which process group: the epoch and the term in which it was formed. Every message about waves and votes carries it."""
+
+    epoch: Epoch = Epoch(0)
+    term: Term = Term(0)
+
+    def __lt__(self, other: GroupStamp) -> bool:
+        return (self.term, self.epoch) < (other.term, other.epoch)
+
+    def __le__(self, other: GroupStamp) -> bool:
+        return (self.term, self.epoch) <= (other.term, other.epoch)

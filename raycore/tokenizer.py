@@ -40,6 +40,10 @@ class Tokenizer(Protocol):
         """Token ids of a chat, ready for the assistant's turn."""
         ...
 
+    def save(self, directory: Path) -> None:
+        """Write the files from which it can be loaded again; nothing where it has none."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255, end of text is 256: for the echo engine, with nothing to install or load."""
@@ -67,6 +71,9 @@ class ByteTokenizer:
     def apply_chat_template(self, messages: Messages) -> list[int]:
         """The contents, one per line; roles mean nothing to bytes."""
         return self.encode("\n".join(message["content"] for message in messages))
+
+    def save(self, directory: Path) -> None:
+        """Nothing: bytes need no files."""
 
 
 class HfTokenizer:
@@ -104,6 +111,15 @@ class HfTokenizer:
         if not tokenizer.chat_template:
             raise ConfigurationError(f"the tokenizer of {self._path} has no chat template; pass a prompt instead of messages")
         return list(tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, return_dict=False))
+
+    def save(self, directory: Path) -> None:
+        """Write the files that `AutoTokenizer.from_pretrained` loads."""
+        self._tokenizer().save_pretrained(str(directory))
+
+    def loaded(self) -> HfTokenizer:
+        """The same, read now: its files may go."""
+        self._tokenizer()
+        return self
 
     def _tokenizer(self) -> Any:
         if self._loaded is None:

@@ -49,11 +49,13 @@ def test_a_model_that_is_not_there_is_named() -> None:
 @pytest.mark.ray
 @pytest.mark.model
 @pytest.mark.timeout(600)
-def test_the_demo_succeeds() -> None:
-    done = raycore("demo", limit_s=590)
+def test_the_demo_grows_and_shrinks_while_it_answers(tmp_path: Path) -> None:
+    plot = tmp_path / "timeline.png"
+    done = raycore("demo", "--plot", str(plot), limit_s=590)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The capital of France is Paris." in done.stdout
-    assert "2 ranks served, all 6 texts equal" in done.stdout
+    assert "3 ranks served, 2 → 3 → 2 while they streamed" in done.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.ray

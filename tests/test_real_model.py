@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
+from safetensors import safe_open
 
 import raycore
 from raycore.client.blocking import BlockingClient
@@ -59,6 +61,53 @@ def test_streamed_text_is_the_whole_text(in_process: BlockingClient) -> None:
 def test_a_prompt_over_the_context_is_refused_at_the_door(in_process: BlockingClient) -> None:
     with pytest.raises(InvalidRequestError, match="context"):
         in_process.generate([1] * (in_process.info.max_model_len + 1), GREEDY)
+
+
+def test_answers_share_one_computation_of_the_prompt_and_carry_log_probabilities(in_process: BlockingClient) -> None:
+    prompt = in_process.chat_prompt(QUESTION)
+    sampling = raycore.SamplingParams(max_tokens=6, n=3, temperature=1.0, seed=4, logprobs=2, prompt_logprobs=0)
+    in_process.operations.reset_prefix_cache()
+    before = stats_of(in_process)
+    answers = in_process.generate(prompt, sampling, detokenize=True).collect_all()
+    after = stats_of(in_process)
+    assert [answer.index for answer in answers] == [0, 1, 2]
+    assert after["prefix_hit_tokens"] - before["prefix_hit_tokens"] == 2 * ((len(prompt) - 1) // 16 * 16)
+    for answer in answers:
+        assert answer.text
+        assert [entry.token_id for entry in answer.logprobs or []] == answer.token_ids
+        assert all(len(entry.top_ids) == 2 and entry.logprob <= 0 for entry in answer.logprobs or [])
+    assert len({tuple(answer.token_ids) for answer in answers}) > 1
+    told = answers[0].prompt_logprobs
+    assert told is not None
+    assert told[0] is None
+    assert [entry.token_id for entry in told[1:] if entry is not None] == prompt[1:]
+    first = in_process.generate(prompt, msgspec.structs.replace(sampling, n=1), detokenize=True).collect()
+    assert first.token_ids == answers[0].token_ids
+
+
+def stats_of(client: BlockingClient) -> dict[str, int]:
+    (stats,) = client.call_all("collective_rpc", method="kv_cache_stats").values()
+    return stats
+
+
+def test_an_abort_of_the_request_ends_every_answer_and_leaves_no_block(in_process: BlockingClient) -> None:
+    sampling = raycore.SamplingParams(max_tokens=200, n=4, temperature=1.0, ignore_eos=True)
+    stream = in_process.generate(in_process.chat_prompt(QUESTION), sampling, request_id="parent")
+    assert next(stream).token_ids
+    in_process.abort_requests(["parent"])
+    assert [answer.finish_reason for answer in stream.collect_all()] == ["abort"] * 4
+    assert in_process.in_flight() == 0
+    assert stats_of(in_process)["blocks_held"] == 0
+
+
+def test_a_prompt_of_embeddings_says_what_its_tokens_say(in_process: BlockingClient, model: str) -> None:
+    prompt = in_process.chat_prompt(QUESTION)
+    with safe_open(Path(model) / "model.safetensors", "pt") as weights:
+        embeds = weights.get_tensor("model.embed_tokens.weight")[prompt]
+    output = in_process.generate(None, GREEDY, tensors={"prompt_embeds": embeds}, detokenize=True).collect()
+    assert (output.text, output.prompt_tokens) == (ANSWER, len(prompt))
+    with pytest.raises(InvalidRequestError, match="shape"):
+        in_process.generate(None, GREEDY, tensors={"prompt_embeds": embeds[:, 1:]})
 
 
 def test_a_profile_is_a_trace_of_torch_operators(in_process: BlockingClient, tmp_path: Path) -> None:

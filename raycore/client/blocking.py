@@ -9,8 +9,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raycore.client.admission import Prompt
 from raycore.client.client import EngineCoreClient
+from raycore.client.control import ScalingReport
+from raycore.client.fan_out import FanOutStream
 from raycore.client.journal import RequestOutput
 from raycore.client.operations import BlockingOperations
 from raycore.client.stream import RequestStream
@@ -18,6 +23,7 @@ from raycore.engine import EngineInfo, EngineLoad
 from raycore.errors import ClientClosedError
 from raycore.ids import RequestId
 from raycore.membership import Membership
+from raycore.routing.decisions import Decision
 from raycore.sampling import SamplingParams
 from raycore.tokenizer import Tokenizer
 
@@ -91,7 +97,7 @@ class ThreadTurner:
 class BlockingStream:
     """One request's stream as a plain iterator; leaving it early aborts the request."""
 
-    def __init__(self, stream: RequestStream, turner: LoopTurner) -> None:
+    def __init__(self, stream: RequestStream | FanOutStream, turner: LoopTurner) -> None:
         self._stream = stream
         self._turner = turner
 
@@ -119,6 +125,10 @@ class BlockingStream:
     def collect(self) -> RequestOutput:
         """All tokens and text from here to the end."""
         return self._turner.run(self._stream.collect())
+
+    def collect_all(self) -> list[RequestOutput]:
+        """Every answer of a request as a whole, by index."""
+        return self._turner.run(self._stream.collect_all())
 
     def close(self) -> None:
         """Stop reading; aborts the request if it runs."""
@@ -202,6 +212,10 @@ class BlockingClient:
         """Each rank's last reported load."""
         return self._client.loads()
 
+    def explain(self, request_id: str) -> Decision | None:
+        """Why a request went to its engine; None when that is too long ago."""
+        return self._client.explain(request_id)
+
     def in_flight(self) -> int:
         """Requests of this client that have not ended."""
         return self._client.in_flight()
@@ -215,19 +229,19 @@ class BlockingClient:
         """Token ids of a conversation under the model's chat template."""
         return self._client.chat_prompt(messages)
 
-    def generate(self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any) -> BlockingStream:
+    def generate(self, prompt: Prompt | None, sampling: SamplingParams | None = None, **options: Any) -> BlockingStream:
         """Send a request now and iterate over its outputs; options as in the async client."""
 
-        async def begin() -> RequestStream:
+        async def begin() -> RequestStream | FanOutStream:
             return self._client.generate(prompt, sampling, **options)
 
         return BlockingStream(self._turner.run(begin()), self._turner)
 
-    def add_request(self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Any) -> RequestId:
+    def add_request(self, prompt: Prompt | None, sampling: SamplingParams | None = None, **options: Any) -> RequestId:
         """Send a request whose outputs come through `outputs()`."""
         return self._run(lambda client: client.add_request(prompt, sampling, **options))
 
-    def add_requests(self, requests: Iterable[tuple[Prompt, SamplingParams | None]]) -> list[RequestId]:
+    def add_requests(self, requests: Iterable[tuple[Prompt | None, SamplingParams | None]]) -> list[RequestId]:
         """Send many in one turn of the loop: far cheaper than one at a time."""
 
         async def add_all() -> list[RequestId]:
@@ -241,6 +255,10 @@ class BlockingClient:
             return added
 
         return self._turner.run(add_all())
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> NDArray[np.float32]:
+        """Vectors of prompts; options as in the async client."""
+        return self._run(lambda client: client.embed(prompts, **options))
 
     def outputs(self) -> list[RequestOutput]:
         """Everything new of all requests made with `add_request`; waits for at least one output."""
@@ -265,6 +283,14 @@ class BlockingClient:
     def call_agree(self, method: str, /, *, timeout_s: float | None = None, **arguments: Any) -> Any:
         """Call an operation on every rank; their one result, or DisagreementError."""
         return self._run(lambda client: client.call_agree(method, timeout_s=timeout_s, **arguments))
+
+    def scale_elastic_ep(self, data_parallel_size: int) -> ScalingReport:
+        """Grow or shrink the pool while it serves; see `EngineCoreClient.scale_elastic_ep`."""
+        return self._run(lambda client: client.scale_elastic_ep(data_parallel_size))
+
+    def remove_ranks(self, ranks: Iterable[int]) -> ScalingReport:
+        """Let these ranks leave; see `EngineCoreClient.remove_ranks`."""
+        return self._run(lambda client: client.remove_ranks(ranks))
 
     def _run(self, work: Callable[[EngineCoreClient], Coroutine[Any, Any, T]]) -> T:
         return self._turner.run(work(self._client))

@@ -106,7 +106,18 @@ class CallTable:
 
 
 _OWN_ERRORS: dict[str, type[UtilityError]] = {
-    kind.__name__: kind for kind in (errors.UnknownOperationError, errors.InvalidArgumentsError, errors.NotSupportedError)
+    kind.__name__: kind
+    for kind in (
+        errors.UnknownOperationError,
+        errors.InvalidArgumentsError,
+        errors.NotSupportedError,
+        errors.EngineStateError,
+        errors.AdapterError,
+        errors.SaveError,
+        errors.PickleRefusedError,
+        errors.UnsendableResultError,
+        errors.PauseInProgressError,
+    )
 }
 
 

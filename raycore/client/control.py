@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
-from raycore.config import HealthConfig, Limits, Timeouts
+from raycore.config import DEFAULT_ROUTER, HealthConfig, Limits, Timeouts
 from raycore.ids import EngineId
-from raycore.membership import Membership
+from raycore.membership import Endpoints, Membership
+
+LOOP_ENDED = "its step loop ended"
+"""The cause of a process that ended by itself, as one does that leaves the pool."""
 
 
 class PoolAccess(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,12 +24,31 @@ class PoolAccess(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     engine: str = ""
     on_engine_death: str = "fail"
+    allow_pickle: bool = False
+    router: str = DEFAULT_ROUTER
+    router_options: dict[str, Any] = {}
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     health: HealthConfig = HealthConfig()
+    metrics: bool = False
+    """Whether clients report what they measure, where the control plane has somewhere to report it to."""
 
     def __repr__(self) -> str:
         return f"PoolAccess(pool={self.membership.pool!r}, epoch={self.membership.epoch})"
+
+
+class ScalingReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a scaling operation did. `phases_s`: seconds that each phase took, in order."""
+
+    operation: str
+    ranks: tuple[int, ...]
+    """Who serves now."""
+    joined: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
+    phases_s: dict[str, float] = {}
+    weight_bytes: int = 0
+    """That joiners took from their peers; experts of an expert-parallel model, which move with the plan, not counted."""
+    weight_bytes_from_disk: int = 0
 
 
 class ControlPlane(Protocol):
@@ -46,6 +68,18 @@ class ControlPlane(Protocol):
 
     async def refresh(self) -> Membership | None:
         """The newest membership that can be had, from the controller or else from any named engine; None when nobody answers in time."""
+        ...
+
+    async def scale(self, target: int) -> ScalingReport:
+        """Have `target` ranks serve; see `EngineCoreClient.scale_elastic_ep`."""
+        ...
+
+    async def remove_ranks(self, ranks: tuple[int, ...]) -> ScalingReport:
+        """Have these ranks leave."""
+        ...
+
+    async def coordinator(self) -> Endpoints | None:
+        """Where the pool's coordinator publishes; None when there is none, or it does not answer in time."""
         ...
 
     async def shutdown_pool(self, drain_s: float) -> None:

@@ -10,17 +10,22 @@ from typing import Any, Protocol
 
 import msgspec
 
-from raycore.client.control import ControlPlane
+from raycore.client.control import LOOP_ENDED, ControlPlane
 from raycore.client.journal import RequestRecord
 from raycore.client.links import Links
+from raycore.client.meter import ClientMeter
+from raycore.client.scope import BalancingScope
 from raycore.client.session import EngineSession, RequestSink
+from raycore.client.snapshots import SnapshotWatch
 from raycore.config import HealthConfig, Limits, Timeouts
 from raycore.engine import EngineInfo
-from raycore.errors import DeadlineError, EngineDeadError, ErrorRecord, NoEngineError, UnknownRankError
+from raycore.errors import DeadlineError, EngineDeadError, ErrorRecord, ExpertsLostError, NoEngineError, UnknownRankError
 from raycore.health import Verdict
 from raycore.ids import EngineId, Rank, SessionId
-from raycore.membership import Member, Membership, MemberState
-from raycore.routing import EngineLedger
+from raycore.membership import Member, Membership
+from raycore.messages import Snapshot
+from raycore.routing.book import LedgerBook
+from raycore.routing.ledger import EngineLedger
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +33,7 @@ _TICK_S = 0.25
 _DEATHS_KEPT = 16
 _CAUSE_WAIT_S = 0.25
 """Ray names the cause of a death some 10 ms after it (70 ms on a GPU machine)."""
+_ASK_AGAIN_S = 1.0
 _BACKOFF_S = 0.1
 """Sessions with one engine that are lost within a second of each other are opened anew only after a growing wait."""
 
@@ -41,6 +47,10 @@ class FleetListener(Protocol):
 
     def on_engine_gone(self, session: EngineSession, records: list[RequestRecord], cause: str) -> None:
         """The incarnation is dead to this client; these requests have no session."""
+        ...
+
+    def on_engine_left(self, session: EngineSession, records: list[RequestRecord]) -> None:
+        """The engine left by the pool's choice; these requests have no session."""
         ...
 
 
@@ -57,6 +67,8 @@ class EngineFleet:
         timeouts: Timeouts,
         limits: Limits,
         health: HealthConfig,
+        scope: BalancingScope,
+        meter: ClientMeter | None = None,
     ) -> None:
         self.membership = membership
         self.usable: list[EngineLedger] = []
@@ -75,7 +87,11 @@ class EngineFleet:
         self._dead: dict[EngineId, str] = {}
         self._attach_due: dict[EngineSession, tuple[float, asyncio.Future[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asked_at_s = 0.0
         self._is_closed = False
+        self._book = LedgerBook()
+        self._scope = scope
+        self._meter = meter
 
     async def start(self, listener: FleetListener, sink: RequestSink) -> None:
         """Open a session with every member. DeadlineError or EngineDeadError when one does not answer in time."""
@@ -83,11 +99,16 @@ class EngineFleet:
         self._listener = listener
         self._sink = sink
         self._links.start(self._health, self._on_verdict)
-        opened = [self._open_session(member) for member in self.membership.members]
+        opened = [self._open_session(member) for member in self.membership.members if self._scope.reaches(member)]
+        for member in self.membership.joining:
+            if self._scope.reaches(member):
+                self._open_session(member)
         if not opened:
-            msg = f"pool {self.membership.pool!r} has no members"
+            ranks = [member.engine.rank for member in self.membership.members]
+            msg = f"pool {self.membership.pool!r} has {f'ranks {ranks}, not {self._scope}' if ranks else 'no members'}"
             raise NoEngineError(msg)
         self._spawn(self._tick())
+        self._spawn(SnapshotWatch(self._control.coordinator, self._links.snapshots, self.on_snapshot).run())
         await asyncio.gather(*(self._attach_due[session][1] for session in opened))
 
     async def close(self) -> None:
@@ -109,20 +130,36 @@ class EngineFleet:
         await self._links.close()
         await self._control.close()
 
+    async def wait_attached(self) -> None:
+        """Until every session that is being opened is open, or its engine is given up."""
+        await asyncio.gather(*(future for _, future in list(self._attach_due.values())), return_exceptions=True)
+
     # -- questions --------------------------------------------------------------------------------------------------------
 
     def sessions(self) -> list[EngineSession]:
         """One per serving rank, by rank."""
-        return sorted((s for s in self._sessions.values() if not s.is_closed), key=lambda s: s.engine.rank)
+        return sorted((s for s in self._sessions.values() if self._serves(s)), key=lambda s: s.engine.rank)
+
+    def joiners(self) -> list[EngineSession]:
+        """One for each engine core that is about to become a member: it is told what all ranks are told, and gets no requests."""
+        return [s for e, s in self._sessions.items() if not s.is_closed and self.membership.is_joining(e)]
+
+    def _serves(self, session: EngineSession) -> bool:
+        return not session.is_closed and not self.membership.is_joining(session.engine)
 
     def of_ledger(self, ledger: EngineLedger) -> EngineSession:
         """The session whose ledger this is."""
         return self._session_of[ledger]
 
+    def of_engine(self, engine: EngineId) -> EngineSession | None:
+        """The session with this very incarnation; None when it is gone."""
+        session = self._sessions.get(engine)
+        return None if session is None or session.is_closed else session
+
     def of_rank(self, rank: int) -> EngineSession:
         """The session with a rank. UnknownRankError when it does not serve."""
         for engine, session in self._sessions.items():
-            if engine.rank == rank and not session.is_closed:
+            if engine.rank == rank and not isinstance(rank, bool) and self._serves(session):
                 return session
         msg = f"rank {rank!r} does not serve; ranks are {[s.engine.rank for s in self.sessions()]}"
         raise UnknownRankError(msg)
@@ -138,10 +175,19 @@ class EngineFleet:
             raise UnknownRankError(msg)
         return session
 
+    def death_of(self, engine: EngineId, cause: str, what: str) -> EngineDeadError:
+        """The error for what waited for an engine that is gone: its own death, or that of the rank whose loss ended the pool."""
+        lost = self.membership.lost_with(engine)
+        if lost is None:
+            return EngineDeadError(f"{what}{engine} is dead: {cause}", rank=engine.rank, cause=cause)
+        message = f"{what}rank {lost} is dead, whose experts the others need, and the pool ended with it: {cause}"
+        return ExpertsLostError(message, rank=lost, cause=cause)
+
     def no_engine(self) -> NoEngineError:
         """The error for work that nobody can take, with what is known of the dead."""
         causes = "; ".join(f"{engine}: {cause}" for engine, cause in list(self._dead.items())[-4:])
-        return NoEngineError(f"no engine of pool {self.membership.pool!r} can take work" + (f" ({causes})" if causes else ""))
+        within = "" if self._scope.mode == "internal" else f" as {self._scope}"
+        return NoEngineError(f"no engine of pool {self.membership.pool!r} can take work{within}" + (f" ({causes})" if causes else ""))
 
     # -- news from sessions -----------------------------------------------------------------------------------------------
 
@@ -150,6 +196,7 @@ class EngineFleet:
         due = self._attach_due.pop(session, None)
         if due is not None and not due[1].done():
             due[1].set_result(None)
+        session.ledger.is_usable = self.membership.serves(session.engine)
         infos = [each.member.info for each in self._sessions.values()]
         strictest = min(infos, key=lambda info: info.max_model_len)
         self.info = msgspec.structs.replace(strictest, vocab_size=min(info.vocab_size for info in infos))
@@ -188,21 +235,37 @@ class EngineFleet:
         session.ledger.is_usable = False
         self.renew_usable()
 
+    def on_engine_told(self, session: EngineSession) -> None:
+        """The engine has taken a newer membership: one that refused requests because it heard of it later than this client takes them."""
+        if session.is_attached and not session.is_closed:
+            session.ledger.is_usable = self.membership.serves(session.engine)
+            self.renew_usable()
+
     def on_membership(self, membership: Membership) -> None:
         """Someone told of a membership: keep it if it is newer."""
         if self._is_closed or not membership.supersedes(self.membership):
             return
         self.membership = membership
         causes = {departure.engine: departure.cause for departure in membership.departed}
-        for engine in [engine for engine in self._sessions if not membership.has(engine)]:
-            self._gone(engine, causes.get(engine, "left the pool"))
-        for member in membership.members:
+        gone = [engine for engine in self._sessions if not (membership.has(engine) or membership.is_joining(engine))]
+        for engine in gone:
+            self._sessions[engine].ledger.is_usable = False
+        for member in (*membership.members, *membership.joining):
             session = self._sessions.get(member.engine)
-            if session is None and member.engine not in self._dead:
+            if session is None and member.engine not in self._dead and self._scope.reaches(member):
                 self._open_session(member)
-            elif session is not None and member.state is MemberState.LEAVING:
-                session.ledger.is_usable = False
+            elif session is not None and session.is_attached:
+                session.ledger.is_usable = membership.serves(member.engine)
         self.renew_usable()
+        for engine in gone:  # last: what they had goes to the others, who may all be new
+            self._gone(engine, causes.get(engine, "left the pool"))
+
+    def on_snapshot(self, snapshot: Snapshot) -> None:
+        """The coordinator told of loads: they count where this client has no traffic, and so no newer word of the engine itself."""
+        for told in snapshot.loads:
+            session = self._sessions.get(told.engine)
+            if session is not None:
+                session.ledger.snapshot(told.load)
 
     # -- life and death of engines ----------------------------------------------------------------------------------------
 
@@ -222,10 +285,12 @@ class EngineFleet:
             files=self._links.files(member),
             replaces=None if replaces is None else SessionId(replaces.id),
             quick_losses=quick_losses,
+            book=self._book,
+            meter=None if self._meter is None else self._meter.session(member.engine.rank),
         )
         if replaces is None:
             self._links.watch(member)
-            self._control.watch(member.engine, self._gone)
+            self._control.watch(member.engine, self._on_process_ended)
         else:
             self._session_of.pop(replaces.ledger, None)
         self._sessions[member.engine] = session
@@ -238,12 +303,27 @@ class EngineFleet:
         self.renew_usable()
         return session
 
+    def _on_process_ended(self, engine: EngineId, cause: str) -> None:
+        """The control plane says that it is over."""
+        if cause == LOOP_ENDED and engine in self._sessions and not self._has_left(engine):
+            self._spawn(self._on_orderly_end(engine))
+        else:
+            self._gone(engine, cause)
+
+    async def _on_orderly_end(self, engine: EngineId) -> None:
+        """A process that ended in order may have left the pool, which a client that was frozen, or is slow, has yet to read."""
+        membership = await self._control.refresh()
+        if membership is not None:
+            self.on_membership(membership)
+        self._gone(engine, LOOP_ENDED)
+
     def _gone(self, engine: EngineId, cause: str) -> None:
         """The incarnation is dead to this client: everything that waits for it learns so now."""
         session = self._sessions.pop(engine, None)
         if session is None or self._is_closed:
             return
-        _log.warning("%s: %s is gone: %s", self._client, engine, cause)
+        has_left = self._has_left(engine)
+        _log.log(logging.INFO if has_left else logging.WARNING, "%s: %s is gone: %s", self._client, engine, cause)
         self._dead[engine] = cause
         while len(self._dead) > _DEATHS_KEPT:
             self._dead.pop(next(iter(self._dead)))
@@ -253,8 +333,18 @@ class EngineFleet:
         self._links.forget(engine)
         self._control.forget(engine)
         self.renew_usable()
-        self._fail_attach(session, EngineDeadError(f"{engine} is dead: {cause}", rank=engine.rank, cause=cause))
-        self._listener.on_engine_gone(session, session.release_records(), cause)
+        self._fail_attach(session, self.death_of(engine, cause, ""))
+        if has_left:
+            self._listener.on_engine_left(session, session.release_records())
+        else:
+            self._listener.on_engine_gone(session, session.release_records(), cause)
+
+    def _has_left(self, engine: EngineId) -> bool:
+        """Whether an engine that is gone went because the pool decided so: it was leaving, or it is missing without a cause."""
+        membership = self.membership
+        if membership.has(engine):
+            return not membership.serves(engine)
+        return all(departure.engine != engine for departure in membership.departed)
 
     def _fail_attach(self, session: EngineSession, error: Exception) -> None:
         due = self._attach_due.pop(session, None)
@@ -277,7 +367,15 @@ class EngineFleet:
         """Who may get new requests: attached and healthy engines; when there are none, those that may still answer."""
         healthy = [s for e, s in self._sessions.items() if not s.is_closed and e not in self._suspects]
         attached = [s.ledger for s in healthy if s.ledger.is_usable]
-        self.usable = attached or [s.ledger for s in healthy if not s.is_attached]
+        self.usable = attached or [s.ledger for s in healthy if not s.is_attached and self._serves(s)]
+
+    async def _look_for_members(self, now_s: float) -> None:
+        """Where all engines are gone nobody tells of those that replace them: ask, once a second."""
+        if now_s - self._asked_at_s > _ASK_AGAIN_S:
+            self._asked_at_s = now_s
+            membership = await self._control.refresh()
+            if membership is not None:
+                self.on_membership(membership)
 
     async def _tick(self) -> None:
         while True:
@@ -285,6 +383,8 @@ class EngineFleet:
             now_s = self._loop.time()
             for session in list(self._sessions.values()):
                 session.renew(now_s)
+            if not self._sessions:
+                await self._look_for_members(now_s)
             for session, (due_s, _) in list(self._attach_due.items()):
                 if now_s > due_s:
                     message = f"{session.engine} did not open a session within {self._timeouts.attach_s:g} s"
@@ -305,6 +405,6 @@ class EngineFleet:
         for session in self._sessions.values():
             mine = session.live()
             assert session.ledger.requests == len(mine), "the ledger miscounts requests"  # noqa: S101
-            assert session.ledger.tokens == sum(r.cost - len(r.tokens) for r in mine), "the ledger miscounts tokens"  # noqa: S101
+            assert session.ledger.prefill == sum(r.prefill for r in mine), "the ledger miscounts prefill tokens"  # noqa: S101
             everything.extend(mine)
         return everything

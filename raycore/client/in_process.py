@@ -15,13 +15,13 @@ import msgspec
 
 from raycore.client.blocking import BlockingClient
 from raycore.client.client import EngineCoreClient
-from raycore.client.control import PoolAccess
+from raycore.client.control import PoolAccess, ScalingReport
 from raycore.client.links import MemoryLinks
 from raycore.config import PoolConfig, parse_config
 from raycore.core.engine_core import EngineCore
 from raycore.engine import Engine
 from raycore.engines import make_engine
-from raycore.errors import ClientClosedError, ConfigurationError
+from raycore.errors import ClientClosedError, ConfigurationError, NotSupportedError
 from raycore.ids import EngineId, Epoch, Incarnation, Rank, Term
 from raycore.membership import Endpoints, Member, Membership
 from raycore.tokenizer import Tokenizer, load_tokenizer
@@ -127,6 +127,18 @@ class NoControlPlane:
         """It never changes."""
         return None
 
+    async def scale(self, target: int) -> ScalingReport:
+        """One engine in this process is all there is."""
+        raise NotSupportedError(f"an engine in process cannot scale to {target} ranks; use launch()", method="scale_elastic_ep")
+
+    async def remove_ranks(self, ranks: tuple[int, ...]) -> ScalingReport:
+        """Likewise."""
+        raise NotSupportedError(f"an engine in process cannot let ranks {list(ranks)} leave; use launch()", method="remove_ranks")
+
+    async def coordinator(self) -> Endpoints | None:
+        """There is none."""
+        return None
+
     async def shutdown_pool(self, drain_s: float) -> None:
         """The pool ends with its client."""
 
@@ -146,7 +158,10 @@ def in_process_client(*, engine_instance: Engine | None = None, tokenizer: Token
     engine = engine_instance
     if engine is None:
         engine = make_engine(config.engine, config.model, config.engine_options, config.device)
-        tokenizer = tokenizer or load_tokenizer(config.model)
+        if tokenizer is None:
+            # as over sockets: a model without a tokenizer takes and gives token ids
+            with contextlib.suppress(ConfigurationError):
+                tokenizer = load_tokenizer(config.model)
     return _client_of(config, engine, tokenizer)
 
 
@@ -164,11 +179,13 @@ def _client_of(config: PoolConfig, engine: Engine, tokenizer: Tokenizer | None) 
         limits=limits,
         timeouts=config.timeouts,
         step_budget_s=config.health.step_budget_s,
+        allow_pickle=config.allow_pickle,
+        debug_checks=config.debug_checks,
     )
 
     async def make() -> EngineCoreClient:
         client = EngineCoreClient(
-            PoolAccess(membership=membership),
+            PoolAccess(membership=membership, allow_pickle=config.allow_pickle),
             NoControlPlane(),
             MemoryLinks(listener),
             timeouts=config.timeouts,

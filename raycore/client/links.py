@@ -9,13 +9,15 @@ from typing import Literal, Protocol
 
 from raycore.client.control import PoolAccess
 from raycore.client.liveness import BeatWatch
+from raycore.client.snapshots import SnapshotSource
 from raycore.config import HealthConfig, Limits
 from raycore.health import Verdict
 from raycore.ids import EngineId, SessionId
-from raycore.membership import Member
+from raycore.membership import Endpoints, Member
 from raycore.tensors import SharedMemoryFiles
-from raycore.transport.beats import BeatSubscriber
+from raycore.transport.beats import BeatSubscriber, SnapshotSubscriber
 from raycore.transport.channel import ClientChannel
+from raycore.transport.endpoints import this_host
 from raycore.transport.memory import MemoryChannel, MemoryListener
 from raycore.transport.stream_client import StreamClientChannel
 from raycore.transport.zeromq_client import ZmqClientChannel, is_same_host, new_context
@@ -44,6 +46,10 @@ class Links(Protocol):
 
     def forget(self, engine: EngineId) -> None:
         """Stop hearing them."""
+        ...
+
+    def snapshots(self, endpoints: Endpoints) -> SnapshotSource | None:
+        """A subscription to the coordinator at these endpoints; None where it cannot be heard."""
         ...
 
     async def close(self) -> None:
@@ -106,6 +112,19 @@ class SocketLinks:
         if self._watch is not None:
             self._watch.forget(engine)
 
+    def snapshots(self, endpoints: Endpoints) -> SnapshotSource | None:
+        """A SUB, over ipc on the coordinator's host."""
+        use_tcp = endpoints.host != this_host() if self._use_tcp is None else self._use_tcp
+        if use_tcp and not endpoints.beats_tcp:
+            return None
+        return SnapshotSubscriber(
+            endpoints,
+            use_tcp=use_tcp,
+            client_public_key=self._access.client_public_key,
+            client_secret_key=self._access.client_secret_key,
+            context=self._context,
+        )
+
     async def close(self) -> None:
         """Close subscriptions and the context; waits for farewells for a moment, off the loop."""
         if self._watch is not None:
@@ -148,6 +167,10 @@ class MemoryLinks:
 
     def forget(self, engine: EngineId) -> None:
         """Nothing to stop."""
+
+    def snapshots(self, endpoints: Endpoints) -> SnapshotSource | None:
+        """There is no coordinator."""
+        return None
 
     async def close(self) -> None:
         """Nothing to release: the listener belongs to the engine core."""

@@ -11,6 +11,7 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from raycore.client.journal import RequestRecord
+from raycore.client.meter import DrainMeter
 from raycore.client.slots import SlotTable
 from raycore.codec import FrameDecoder, FrameEncoder
 from raycore.config import Limits
@@ -18,6 +19,7 @@ from raycore.errors import ErrorRecord, FrameError
 from raycore.ids import CallId, EngineId, SessionId, Slot
 from raycore.membership import Member, Membership
 from raycore.messages import (
+    OUTSIDE_THE_ORDER,
     PROTOCOL_VERSION,
     Abort,
     Add,
@@ -41,14 +43,14 @@ from raycore.messages import (
     StepColumns,
     ToEngine,
 )
+from raycore.routing.book import LedgerBook
+from raycore.routing.ledger import EngineLedger
 from raycore.tensors import SharedMemoryFiles, TensorReader
 from raycore.transport.channel import ClientChannel, Message
 
 _QUICK_LOSS_S = 1.0
 _ITEMS_A_FRAME = 128
 """A burst is sent in frames of so many items, so that the engine begins on it while the rest is still being made."""
-_OUTSIDE_THE_ORDER = -1
-"""The number of frames that an engine sends to somebody with whom it has no session."""
 
 
 class SessionOwner(Protocol):
@@ -78,6 +80,10 @@ class SessionOwner(Protocol):
         """An engine told of a newer membership."""
         ...
 
+    def on_engine_told(self, session: EngineSession) -> None:
+        """The session's own engine has taken a membership, which this client may have known before."""
+        ...
+
 
 class RequestSink(Protocol):
     """Who decides what follows from the ends of requests and calls."""
@@ -86,7 +92,7 @@ class RequestSink(Protocol):
         """A request got its terminal record; it is woken afterwards."""
         ...
 
-    def on_refused(self, record: RequestRecord, error: ErrorRecord) -> None:
+    def on_refused(self, session: EngineSession, record: RequestRecord, error: ErrorRecord) -> None:
         """The engine refused a request."""
         ...
 
@@ -96,6 +102,10 @@ class RequestSink(Protocol):
 
     def on_call_result(self, session: EngineSession, result: CallResult) -> None:
         """A call was answered."""
+        ...
+
+    def on_pause_stamp(self) -> None:
+        """An engine tells of another pause or resume over all ranks than before."""
         ...
 
 
@@ -116,16 +126,21 @@ class EngineSession:
         files: SharedMemoryFiles | None,
         replaces: SessionId | None = None,
         quick_losses: int = 0,
+        book: LedgerBook,
+        meter: DrainMeter | None = None,
     ) -> None:
         session_id = b"\x01" + secrets.token_bytes(15)  # ZeroMQ keeps ids that begin with a zero byte for itself
         self.id = SessionId(session_id)
         self.member = member
         self.engine: EngineId = member.engine
-        self._slots = SlotTable(member.engine, limits.session_requests, self._finished)
-        self.ledger = self._slots.ledger
+        info = member.info
+        self.ledger = EngineLedger(member.engine, book, kv_capacity=info.kv_tokens, steps_together=info.sync_interval > 0)
+        self._slots = SlotTable(self.ledger, book, limits.session_requests, self._finished, meter)
         self.is_attached = False
         self.is_closed = False
         self.sent_at_s = 0.0
+        self.pause_stamp = 0
+        """The last pause or resume over all ranks that the engine told of."""
         self.decoder = FrameDecoder(EngineFrame, TensorReader(pool))
         self._channel = make_channel(member, self.id)
         self._owner = owner
@@ -145,6 +160,7 @@ class EngineSession:
         self._loop = asyncio.get_running_loop()
         self._opened_at_s = self._loop.time()
         self._quick_losses = quick_losses
+        self._report: EngineFrame | None = None
         self._is_open = False
         self._probe = ""
 
@@ -183,7 +199,19 @@ class EngineSession:
         record.session = self
         record.served_rank = self.engine.rank
         delivered = array("I", record.tokens).tobytes() if record.tokens else b""
-        self._post(Add(slot, record.request_id, record.prompt, record.sampling, delivered, record.priority, tensors))  # type: ignore[arg-type]
+        add = Add(
+            slot,
+            record.request_id,
+            record.prompt,
+            record.sampling,
+            delivered,
+            record.priority,
+            tensors,  # type: ignore[arg-type]
+            record.lora,
+            record.embeds,
+            record.was_admitted,
+        )
+        self._post(add)
 
     def abort(self, records: Iterable[RequestRecord]) -> None:
         """Ask the engine to end these; their terminal records follow."""
@@ -200,7 +228,7 @@ class EngineSession:
         finally:
             record.files = () if self._files is None else self._files.take_names()
 
-    def call(self, call_id: CallId, method: str, arguments: msgspec.Struct) -> None:
+    def call(self, call_id: CallId, method: str, arguments: msgspec.Struct, pool_call: str = "") -> None:
         """Send a utility call. TypeError for arguments that cannot be sent."""
         try:
             encoded = self._encoder.encode_part(arguments)
@@ -210,7 +238,7 @@ class EngineSession:
             raise
         if self._files is not None and self._files.has_names:
             self._call_files[call_id] = self._files.take_names()
-        self._post(Call(call_id, method, encoded))
+        self._post(Call(call_id, method, encoded, pool_call))
 
     def end_call(self, call_id: CallId) -> None:
         """The call is over: its files are not needed any more."""
@@ -282,6 +310,7 @@ class EngineSession:
         frame = ClientFrame(self._next_out, items)
         self._next_out += 1
         message = self._encoder.encode(frame)
+        self.ledger.sent(frame.seq)
         self.sent_at_s = self._loop.time()
         self._channel.send(message)
 
@@ -292,9 +321,9 @@ class EngineSession:
             record.files = ()
 
     @property
-    def is_full(self) -> bool:
-        """Whether every slot is in use."""
-        return self._slots.is_full
+    def room(self) -> int:
+        """How many more requests it may have."""
+        return self._slots.room
 
     @property
     def stamp_ns(self) -> int:
@@ -314,6 +343,13 @@ class EngineSession:
                 self._owner.on_lost(self, problem)
                 return
         self._slots.settle()
+        self._take_report()
+
+    def _take_report(self) -> None:
+        """The newest frame's totals, after the outputs of all: what came together is one report."""
+        frame, self._report = self._report, None
+        if frame is not None:
+            self.ledger.report(frame.load, frame.ack, frame.unit_ns, is_paused=frame.is_paused)
 
     def _on_closed(self, reason: str, peer_is_gone: bool) -> None:
         """The connection ended."""
@@ -333,10 +369,12 @@ class EngineSession:
             return str(error)
         if frame.seq == self._next_in:
             self._next_in += 1
-        elif frame.seq != _OUTSIDE_THE_ORDER:
+            self._report = frame
+        elif frame.seq != OUTSIDE_THE_ORDER:
             return f"frame {frame.seq} came where {self._next_in} was due"
-        ledger = self.ledger
-        ledger.load, ledger.load_own = frame.load, frame.own_requests
+        if frame.pause_stamp != self.pause_stamp and frame.seq != OUTSIDE_THE_ORDER:
+            self.pause_stamp = frame.pause_stamp
+            self._sink.on_pause_stamp()
         for item in frame.items:
             if isinstance(item, StepColumns):
                 problem = self._slots.take(item)
@@ -362,11 +400,12 @@ class EngineSession:
             case Refused():
                 record = self._free_slot(item.slot)
                 if record is not None:
-                    self._sink.on_refused(record, item.error)
+                    self._sink.on_refused(self, record, item.error)
             case NotMember():
                 self._take_not_member(item)
             case MembershipChanged():
                 self._owner.on_membership(item.membership)
+                self._owner.on_engine_told(self)
             case SessionExpired():
                 self._owner.on_lost(self, item.reason)
             case EngineFailed():

@@ -6,8 +6,13 @@ import asyncio
 from collections.abc import Callable
 from types import TracebackType
 
+import numpy as np
+from numpy.typing import NDArray
+
+from raycore.client.collected import collected
 from raycore.client.journal import RequestOutput, RequestRecord
-from raycore.errors import RaycoreError
+from raycore.engine import FinishReason
+from raycore.errors import RaycoreError, RequestFailedError
 
 
 class RequestStream:
@@ -49,9 +54,13 @@ class RequestStream:
             raise StopAsyncIteration
         record = self._record
         while record.cursor >= len(record.tokens) and record.finish_reason is None and record.error is None:
-            await self._new_waiter()
-        if record.finish_reason is None and record.error is None:
-            return record.take()  # a token like most others: the shortest way
+            if record.waiter is None:  # what `_new_waiter` does, without the call: this is once a token
+                record.waiter = self._loop.create_future()
+                await record.waiter
+            else:
+                await self._new_waiter()
+        if record.finish_reason is None and record.error is None and record.is_plain:
+            return record.take_tokens()  # a token like most others: the shortest way
         output = self.take()
         if output is None:
             raise StopAsyncIteration
@@ -88,26 +97,20 @@ class RequestStream:
 
     async def collect(self) -> RequestOutput:
         """Everything at once: all tokens and text from here to the end."""
-        tokens: list[int] = []
-        text: list[str] = []
-        last: RequestOutput | None = None
-        async for output in self:
-            tokens.extend(output.token_ids)
-            text.append(output.text)
-            last = output
-        if last is None:
-            msg = "the stream was read already"
-            raise RaycoreError(msg)
-        return RequestOutput(
-            last.request_id,
-            tokens,
-            "".join(text),
-            last.finish_reason,
-            last.stop_reason,
-            last.rank,
-            last.prompt_tokens,
-            last.replayed,
-        )
+        return collected([output async for output in self])
+
+    async def collect_all(self) -> list[RequestOutput]:
+        """The same, as the only answer of the list that a request with `n` answers gives."""
+        return [await self.collect()]
+
+    async def vector(self) -> NDArray[np.float32]:
+        """The vector [size] of an "embed" request, once it is there. Raises the request's typed error, RequestFailedError for an abort."""
+        await self.collect()
+        record = self._record
+        if record.finish_reason is not FinishReason.STOP or record.detail is None:
+            msg = f"request {record.request_id!r} was aborted before its vector was computed"
+            raise RequestFailedError(msg, request_id=record.request_id, rank=record.served_rank)
+        return np.frombuffer(record.detail.embedding, dtype="<f4").astype(np.float32)
 
     async def aclose(self) -> None:
         """Stop reading; aborts the request if it runs."""

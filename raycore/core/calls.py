@@ -10,12 +10,22 @@ from typing import Any
 
 import msgspec
 
+from raycore.core.pause import PauseConflictError
 from raycore.core.profiler import Profiler, PythonTrace
 from raycore.core.sessions import Session
 from raycore.engine import MAKE_TRACE, Engine
-from raycore.errors import ErrorRecord, FrameError, InvalidArgumentsError, NotSupportedError, UnknownOperationError, sendable
+from raycore.errors import (
+    ErrorRecord,
+    FrameError,
+    InvalidArgumentsError,
+    NotSupportedError,
+    PauseInProgressError,
+    UnknownOperationError,
+    sendable,
+)
 from raycore.ids import CallId
-from raycore.operations import OPERATIONS, Arguments, CollectiveRpcArguments, Operation, ProfileArguments
+from raycore.operations import OPERATIONS, PHASES, Arguments, CollectiveRpcArguments, Operation, ProfileArguments
+from raycore.pickled import function_of
 
 
 class Deferred:
@@ -40,8 +50,9 @@ CoreMethod = Callable[[Any, CallToken], Any]
 class CallDispatcher:
     """Finds and runs the method of a call; never raises for what a caller did wrong."""
 
-    def __init__(self, engine: Engine, rank: int, core_methods: Mapping[str, CoreMethod]) -> None:
+    def __init__(self, engine: Engine, rank: int, core_methods: Mapping[str, CoreMethod], *, allow_pickle: bool) -> None:
         self._engine = engine
+        self._allow_pickle = allow_pickle
         self._core_methods = {**core_methods, "collective_rpc": self._collective_rpc, "profile": self._profile}
         self.profiler = Profiler(rank)
 
@@ -56,22 +67,38 @@ class CallDispatcher:
         return method(**msgspec.structs.asdict(arguments))
 
     def _collective_rpc(self, arguments: CollectiveRpcArguments, _token: CallToken) -> Any:
-        method = self._engine.rpc_methods().get(arguments.method)
-        if method is None:
-            known = ", ".join(sorted(self._engine.rpc_methods())) or "none"
-            msg = f"the engine {self._engine.info.engine!r} has no RPC method {arguments.method!r}; it has: {known}"
-            raise NotSupportedError(msg, method="collective_rpc")
+        args = arguments.args
+        if arguments.pickled:
+            method = function_of(arguments.pickled, arguments.method, is_allowed=self._allow_pickle)
+            args = [self._engine, *args]
+        else:
+            method = self._rpc_method(arguments.method)
         try:
             signature = inspect.signature(method)
         except ValueError:
             signature = None  # a builtin that does not tell; it checks for itself
         try:
             if signature is not None:
-                signature.bind(*arguments.args, **arguments.kwargs)
+                signature.bind(*args, **arguments.kwargs)
         except TypeError as error:
             msg = f"{arguments.method}: {error}"
             raise InvalidArgumentsError(msg, method="collective_rpc") from error
-        return method(*arguments.args, **arguments.kwargs)
+        try:
+            return method(*args, **arguments.kwargs)
+        except Exception:
+            raise
+        except BaseException as error:
+            # SystemExit, KeyboardInterrupt: what somebody's function raises ends that call, not the engine and its requests
+            message = f"{arguments.method} raised {type(error).__name__}: {_text_of(error)}"
+            raise RuntimeError(message) from error
+
+    def _rpc_method(self, name: str) -> Callable[..., Any]:
+        method = self._engine.rpc_methods().get(name)
+        if method is None:
+            known = ", ".join(sorted(self._engine.rpc_methods())) or "none"
+            msg = f"the engine {self._engine.info.engine!r} has no RPC method {name!r}; it has: {known}"
+            raise NotSupportedError(msg, method="collective_rpc")
+        return method
 
     def _profile(self, arguments: ProfileArguments, _token: CallToken) -> str:
         if not arguments.start:
@@ -82,7 +109,7 @@ class CallDispatcher:
 
 def find_operation(name: str) -> Operation:
     """The declared operation; UnknownOperationError for anything else."""
-    operation = OPERATIONS.get(name)
+    operation = PHASES.get(name) or OPERATIONS.get(name)
     if operation is None:
         msg = f"{name!r} is not a declared operation"
         raise UnknownOperationError(msg, method=name)
@@ -91,7 +118,16 @@ def find_operation(name: str) -> Operation:
 
 def error_record(error: BaseException) -> ErrorRecord:
     """An error as it travels: type, text and traceback."""
-    text = sendable(str(error) or repr(error))
+    text = sendable(_text_of(error))
+    if isinstance(error, PauseConflictError):
+        return ErrorRecord(PauseInProgressError.__name__, text)
     if isinstance(error, FrameError):
         return ErrorRecord(InvalidArgumentsError.__name__, text)
     return ErrorRecord(type(error).__name__, text, sendable("".join(traceback.format_exception(error))))
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error) or repr(error)
+    except BaseException as failure:  # noqa: BLE001 -- the error of a function or engine of others, and whatever its text raises
+        return f"its text raised {type(failure).__name__}"

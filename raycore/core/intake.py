@@ -20,7 +20,19 @@ from raycore.engine import EngineInfo
 from raycore.errors import ErrorRecord, FrameError, InvalidRequestError
 from raycore.ids import CallId, EngineId, SessionId, Slot
 from raycore.membership import Membership
-from raycore.messages import PROTOCOL_VERSION, Attach, Attached, AttachRefused, BadFrame, CallResult, ClientFrame, Refused, ToEngine
+from raycore.messages import (
+    OUTSIDE_THE_ORDER,
+    PROTOCOL_VERSION,
+    Attach,
+    Attached,
+    AttachRefused,
+    BadFrame,
+    CallResult,
+    ClientFrame,
+    Refused,
+    ToEngine,
+    Wake,
+)
 from raycore.tensors import TensorReader, can_read
 from raycore.transport.channel import Message
 
@@ -59,6 +71,7 @@ class FrameIntake:
         counters: Counters,
         membership: Callable[[], Membership],
         clock: Callable[[], float],
+        on_wake: Callable[[Wake], None],
     ) -> None:
         self._engine = engine
         self._info = info
@@ -67,6 +80,7 @@ class FrameIntake:
         self._counters = counters
         self._membership = membership
         self._clock = clock
+        self._on_wake = on_wake
         self._pool = membership().pool
         self._reader = TensorReader(self._pool)
         self._decoder = FrameDecoder(ClientFrame, self._reader)
@@ -84,6 +98,9 @@ class FrameIntake:
                 return None
             frame = salvaged
         if session is None:
+            if frame.seq == OUTSIDE_THE_ORDER and all(isinstance(item, Wake) for item in frame.items):
+                self._on_peer(session_id, frame)
+                return None
             return self._on_stranger(SessionId(session_id), frame)
         if frame.seq != session.next_in:
             self._counters.stale_frames += 1
@@ -107,6 +124,13 @@ class FrameIntake:
         session.last_heard_s = self._clock()
         session.gone_since_s = None
         return session, frame.items
+
+    def _on_peer(self, session_id: bytes, frame: ClientFrame) -> None:
+        """A peer has no session, and is not answered."""
+        for item in frame.items:
+            if isinstance(item, Wake):
+                self._on_wake(item)
+        self._sessions.forget_stranger(session_id)
 
     def _on_stranger(self, session_id: SessionId, frame: ClientFrame) -> tuple[Session, list[ToEngine]] | None:
         attach = frame.items[0] if frame.items and isinstance(frame.items[0], Attach) else None

@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 
 from raycore.core.sessions import Session
-from raycore.engine import EMPTY, Detail, StepOutput, TokenArray
+from raycore.engine import EMPTY, Detail, LogprobRows, StepOutput, TokenArray
 from raycore.errors import sendable
 from raycore.ids import Slot
-from raycore.messages import StepColumns
+from raycore.messages import LogprobColumns, StepColumns
 
 _GROWTH = 1024
 
@@ -83,6 +83,7 @@ class RequestTable:
         ends = self._ends(output) if len(output.finished) else {}
         details = self._details(output.details) if output.details else {}
         offsets = self._first_offsets(output.handles) if self._offset else {}
+        logprobs = self._logprobs(output.logprobs) if output.logprobs else {}
         result: list[tuple[Session, StepColumns]] = []
         for session, slots, tokens, counts in shares:
             finished, reasons = ends.pop(session.id, (b"", b""))
@@ -97,6 +98,7 @@ class RequestTable:
                 stamp_ns,
                 details.get(session.id, []),
                 offsets.get(session.id, []),
+                logprobs.get(session.id, []),
             )
             result.append((session, columns))
         for session_id, (finished, reasons) in ends.items():
@@ -170,6 +172,26 @@ class RequestTable:
             session = self._owner[handle]
             if session is not None:
                 by_session.setdefault(session.id, []).append((Slot(int(self._slot_of[handle])), self._offset.pop(handle)))
+        return by_session
+
+    def _logprobs(self, parts: Sequence[LogprobRows]) -> dict[bytes, list[LogprobColumns]]:
+        by_session: dict[bytes, list[LogprobColumns]] = {}
+        for part in parts:
+            slots, numbers = self._slot_of[part.handles], self._owner_number[part.handles]
+            for number in np.unique(numbers).tolist():
+                rows = numbers == number
+                alternatives = np.repeat(rows, part.widths)
+                columns = LogprobColumns(
+                    slots[rows].tobytes(),
+                    part.token_ids[rows].tobytes(),
+                    part.logprobs[rows].tobytes(),
+                    part.ranks[rows].tobytes(),
+                    part.widths[rows].tobytes(),
+                    part.top_ids[alternatives].tobytes(),
+                    part.top_logprobs[alternatives].tobytes(),
+                    part.of_prompt,
+                )
+                by_session.setdefault(self._by_number(number).id, []).append(columns)
         return by_session
 
     def _free_finished(self, finished: TokenArray) -> None:

@@ -38,6 +38,8 @@ class Session:
         "outbox",
         "pid",
         "previous_slots",
+        "waiting",
+        "waiting_tokens",
     )
 
     def __init__(self, session_id: SessionId, attach: Attach, limits: Limits, now_s: float) -> None:
@@ -53,6 +55,8 @@ class Session:
         self.ack = -1
         self.handle_of: dict[int, int] = {}
         self.outbox: list[ToClient] = []
+        self.waiting = 0
+        self.waiting_tokens = 0
         self.backlog: deque[Sequence[Buffer]] = deque()
         self.backlog_bytes = 0
         self.previous_slots: TokenArray | None = None
@@ -73,6 +77,10 @@ class SessionTable:
         self._sessions: dict[bytes, Session] = {}
         self._dirty: list[Session] = []
         self._has_backlog = False
+        self.pause_stamp = 0
+        self.is_paused = False
+        self.unit_ns = 0
+        """These three are told to every session with each frame."""
         self._stranger_encoder = FrameEncoder()
         self._farewells: dict[bytes, tuple[float, Sequence[Buffer]]] = {}
         """SessionExpired for clients that take nothing now: until when to try, and the message."""
@@ -109,6 +117,12 @@ class SessionTable:
         if session.id not in self._farewells:
             self._listener.forget(session.id)
 
+    def end_gone(self, session_id: bytes) -> None:
+        """The session's connection has ended and cannot come back."""
+        session = self._sessions.get(session_id)
+        if session is not None:
+            self.end(session, "disconnected")
+
     def post(self, session: Session, item: ToClient) -> None:
         """Queue an item for the session's next frame."""
         if not session.outbox:
@@ -138,7 +152,8 @@ class SessionTable:
             self._send_items(session, [], load, now_s)
 
     def _send_items(self, session: Session, items: list[ToClient], load: EngineLoad, now_s: float) -> None:
-        frame = EngineFrame(session.next_out, session.ack, load, len(session.handle_of), items)
+        own = len(session.handle_of)
+        frame = EngineFrame(session.next_out, session.ack, load, own, items, self.pause_stamp, self.is_paused, self.unit_ns)
         session.next_out += 1
         session.last_sent_s = now_s
         self._send(session, session.encoder.encode(frame), now_s)
@@ -155,6 +170,11 @@ class SessionTable:
     def tell_stranger(self, session_id: bytes, item: ToClient) -> None:
         """Answer a peer that has no session."""
         self._listener.send(session_id, self._stranger_encoder.encode(EngineFrame(-1, -1, EngineLoad(), 0, [item])))
+        if session_id not in self._sessions:
+            self._listener.forget(session_id)
+
+    def forget_stranger(self, session_id: bytes) -> None:
+        """Keep nothing for a peer that has no session."""
         if session_id not in self._sessions:
             self._listener.forget(session_id)
 

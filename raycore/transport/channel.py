@@ -66,6 +66,12 @@ class EngineListener(Protocol):
         """Hand one message to a session's peer; never blocks."""
         ...
 
+    def take_gone(self) -> list[bytes]:
+        """Sessions whose connection has ended for good since the last call, where that is known without a send; what they said before is
+        among what `receive` gave.
+        """
+        ...
+
     def forget(self, session: bytes) -> None:
         """Drop what is kept for a session that ended."""
         ...

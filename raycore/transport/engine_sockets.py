@@ -47,14 +47,14 @@ class EngineSockets:
         routers[0].bind(requests_ipc)
         beats[0].bind(beats_ipc)
         requests_tcp = beats_tcp = ""
-        if spec.tcp == "always" or (spec.tcp == "auto" and not _is_loopback(self._node_ip)):
+        if spec.tcp == "always" or (spec.tcp == "auto" and not is_loopback(self._node_ip)):
             self._gatekeeper = start_gatekeeper(self.context, spec.client_public_key)
             routers.append(self._router())
             beats.append(self._publisher())
             for socket in (routers[1], beats[1]):
                 secure_server(socket, spec.server_public_key, spec.server_secret_key)
-            requests_tcp = _bind_tcp(routers[1], self._node_ip)
-            beats_tcp = _bind_tcp(beats[1], self._node_ip)
+            requests_tcp = bind_tcp(routers[1], self._node_ip)
+            beats_tcp = bind_tcp(beats[1], self._node_ip)
         limits = spec.limits
         buffer_bytes = min(SOCKET_BUFFER_BYTES, limits.session_backlog_bytes)
         streams = StreamListener(self._directory / "s", limits.message_bytes, buffer_bytes=buffer_bytes)
@@ -99,7 +99,8 @@ class EngineSockets:
         return socket
 
 
-def _bind_tcp(socket: zmq.Socket[Any], address: str) -> str:
+def bind_tcp(socket: zmq.Socket[Any], address: str) -> str:
+    """Bind to a port of this address that the kernel chooses; the endpoint."""
     host = f"[{address}]" if ":" in address else address
     if ":" in address:
         socket.ipv6 = True
@@ -108,5 +109,6 @@ def _bind_tcp(socket: zmq.Socket[Any], address: str) -> str:
     return endpoint.rstrip("\0")
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether an address is of this host only."""
     return address.startswith("127.") or address in ("::1", "localhost")

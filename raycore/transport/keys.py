@@ -9,6 +9,11 @@ import zmq
 import zmq.auth.thread
 
 
+def has_curve() -> bool:
+    """Whether this build of ZeroMQ can encrypt."""
+    return bool(zmq.has("curve"))
+
+
 def curve_keys() -> tuple[str, str]:
     """A new CURVE pair (public, secret), each 40 characters of Z85."""
     public, secret = zmq.curve_keypair()

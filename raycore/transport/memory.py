@@ -42,6 +42,10 @@ class MemoryListener:
         peer.deliver([bytes(part) if index == 0 else part for index, part in enumerate(message)])
         return SendResult.SENT
 
+    def take_gone(self) -> list[bytes]:
+        """Nobody dies alone within one process."""
+        return []
+
     def forget(self, session: bytes) -> None:
         """Nothing is kept beyond the peer's own life."""
 

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 
 from raycore.errors import FrameError
 from raycore.transport.channel import Buffer, Message
-from raycore.transport.framing import FrameParser, frame
+from raycore.transport.framing import FrameParser, frame, next_read_bytes
 from raycore.transport.stream_engine import SOCKET_BUFFER_BYTES
 
-_READ_BYTES = 1 << 20
 _RECONNECT_S = 0.1
 _LAST_GASP_S = 0.02
 """The kernel closes a dead process's sockets one after the other: for a moment its door is open when the connection is not."""
@@ -35,6 +34,7 @@ class StreamClientChannel:
         self._on_closed: Callable[[str, bool], None] | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._is_writing = False
+        self._read_bytes = next_read_bytes(0)
 
     def open(self, on_messages: Callable[[list[Message]], None], on_closed: Callable[[str, bool], None]) -> None:
         """Connect, and again while the engine is too busy to accept; what is sent meanwhile is queued."""
@@ -107,7 +107,8 @@ class StreamClientChannel:
         if socket is None:
             return
         try:
-            data = socket.recv(_READ_BYTES)
+            data = socket.recv(self._read_bytes)
+            self._read_bytes = next_read_bytes(len(data))
             messages = self._parser.feed(data)
         except BlockingIOError:
             return

@@ -13,12 +13,11 @@ from pathlib import Path
 
 from raycore.errors import FrameError
 from raycore.transport.channel import Buffer, Message, SendResult
-from raycore.transport.framing import FrameParser, frame
+from raycore.transport.framing import FrameParser, frame, next_read_bytes
 
 _log = logging.getLogger(__name__)
 
 SESSION_ID_BYTES = 16
-_READ_BYTES = 1 << 20
 _READS_A_TURN = 16
 """Reads of one connection in one turn; then the others, and the engine, get theirs."""
 SOCKET_BUFFER_BYTES = 4 << 20
@@ -29,13 +28,14 @@ _CREDENTIALS = struct.Struct("3i")
 class _Connection:
     """One client's connection; `session` is known once its first bytes have come."""
 
-    __slots__ = ("parser", "rest", "session", "socket", "start")
+    __slots__ = ("parser", "read_bytes", "rest", "session", "socket", "start")
 
     def __init__(self, socket: sockets.socket, limit_bytes: int) -> None:
         self.socket = socket
         self.parser = FrameParser(limit_bytes)
         self.session = b""
         self.start = b""
+        self.read_bytes = next_read_bytes(0)
         self.rest: list[memoryview] = []
         """What of the last message the kernel has not taken yet."""
 
@@ -54,6 +54,7 @@ class StreamListener:
         self._epoll.register(self._door, select.EPOLLIN)
         self._by_descriptor: dict[int, _Connection] = {}
         self._by_session: dict[bytes, _Connection] = {}
+        self._gone: list[bytes] = []
         self.refused = 0
 
     def fileno(self) -> int:
@@ -102,6 +103,13 @@ class StreamListener:
                 self._flush(connection)
         return SendResult.SENT
 
+    def take_gone(self) -> list[bytes]:
+        """Sessions whose connection has ended: a client that comes back opens a new one."""
+        if not self._gone:
+            return []
+        gone, self._gone = self._gone, []
+        return gone
+
     def forget(self, session: bytes) -> None:
         """The session ended; its connection may open another one."""
 
@@ -133,8 +141,9 @@ class StreamListener:
 
     def _read(self, connection: _Connection, ready: list[tuple[bytes, Message]]) -> None:
         for _ in range(_READS_A_TURN):
+            asked = connection.read_bytes
             try:
-                data = connection.socket.recv(_READ_BYTES)
+                data = connection.socket.recv(asked)
             except BlockingIOError:
                 return
             except OSError:
@@ -142,7 +151,8 @@ class StreamListener:
             if not data:
                 self._drop(connection)
                 return
-            if not self._take(connection, data, ready) or len(data) < _READ_BYTES:
+            connection.read_bytes = next_read_bytes(len(data))
+            if not self._take(connection, data, ready) or len(data) < asked:
                 return
 
     def _take(self, connection: _Connection, data: bytes, ready: list[tuple[bytes, Message]]) -> bool:
@@ -185,6 +195,7 @@ class StreamListener:
             return
         if connection.session:
             self._by_session.pop(connection.session, None)
+            self._gone.append(connection.session)
         connection.rest = []
         with contextlib.suppress(OSError):
             self._epoll.unregister(descriptor)

@@ -31,8 +31,10 @@ def new_context() -> zmq.Context[Any]:
 
 
 def is_same_host(endpoints: Endpoints) -> bool:
-    """Whether the engine's ipc socket can be used from here."""
-    return endpoints.host == this_host() and Path(endpoints.requests_ipc.removeprefix("ipc://")).exists()
+    """Whether the engine's ipc socket is what to use from here; so it is where it is gone with its engine and there is no other."""
+    if endpoints.host != this_host():
+        return False
+    return not endpoints.requests_tcp or Path(endpoints.requests_ipc.removeprefix("ipc://")).exists()
 
 
 class ZmqClientChannel:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from actors.control_plane import find_actor
+from actors.control_plane import find_actor, find_engine
 from actors.driver import PoolDriver
-from actors.naming import controller_name, engine_name
+from actors.naming import controller_name
 from actors.remote import remote_call
 from raycore.client.control import PoolAccess
 from raycore.config import HealthConfig, parse_config
@@ -45,7 +45,7 @@ async def ask_controller(pool: str, method: str, *args: Any) -> Any:
 
 
 async def ask_engine(pool: str, member: Member, method: str, *args: Any) -> Any:
-    actor = await find_actor(engine_name(pool, member.engine))
+    actor = await find_engine(pool, member.engine)
     return await remote_call(getattr(actor, method).remote(*args), limit_s=LIMIT_S, what=method)
 
 

@@ -9,7 +9,7 @@ import pytest
 import ray.exceptions
 
 from actors.blocking import run_blocking
-from actors.naming import ActorName, Role, controller_name, engine_name, group_name, parse_name
+from actors.naming import ActorName, Role, controller_name, engine_name, group_name, parse_name, standby_name
 from actors.remote import death_cause, remote_call, translate
 from actors.setup import PoolKeys, PoolSetup, actor_resources, rank_demand
 from raycore.config import parse_config
@@ -21,8 +21,9 @@ ENGINE = EngineId(Rank(3), Incarnation("0a1b2c3d"))
 
 def test_names_can_be_parsed_back() -> None:
     assert parse_name(engine_name("my.pool", ENGINE)) == ActorName("my.pool", Role.ENGINE, ENGINE.rank, ENGINE.incarnation)
-    assert parse_name(group_name("my.pool", ENGINE)) == parse_name(engine_name("my.pool", ENGINE))
-    assert parse_name(controller_name("p")) == ("p", "controller", 0, "0")
+    assert parse_name(group_name(engine_name("my.pool", ENGINE))) == parse_name(engine_name("my.pool", ENGINE))
+    assert parse_name(standby_name("my.pool", ENGINE.incarnation)) == ActorName("my.pool", Role.STANDBY, Rank(0), ENGINE.incarnation)
+    assert parse_name(controller_name("p")) == ("p", "controller", 0, "0", "")
 
 
 @pytest.mark.parametrize("foreign", ["", "SERVE_CONTROLLER", "a/b/c/d", "pool/engine/x/1", "pool/engine/1", "raycore:", "/engine/0/a"])

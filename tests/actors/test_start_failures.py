@@ -7,6 +7,8 @@ import asyncio
 import pytest
 
 from actors.driver import PoolDriver
+from actors.groups import pool_groups
+from actors.launch import connect
 from actors.naming import Role, named_actors
 from raycore.config import Timeouts, parse_config
 from raycore.errors import CapacityError, ConfigurationError, EngineStartError
@@ -40,6 +42,20 @@ async def test_a_busy_cluster_is_waited_for_until_the_limit(pools: PoolMaker) ->
     await pools.open("holder", num_cpus_per_engine=3.5)
     with pytest.raises(CapacityError, match="other work holds the resources"):
         await pools.open("late", timeouts=Timeouts(capacity_s=0.5))
+
+
+async def test_nodes_that_do_not_come_are_waited_for_until_the_limit_and_nothing_is_left(pools: PoolMaker) -> None:
+    waits = Timeouts(new_nodes_s=0.5)
+    missing = r"no node came within 0.5 s: 1 rank of CPU 3.5 each (.|\n)*room for 0 now, 2 when idle, short of CPU"
+    await pools.open("grown", num_cpus_per_engine=3.5, timeouts=waits)
+    async with connect("grown") as client:
+        with pytest.raises(CapacityError, match=missing):
+            await client.scale_elastic_ep(3)
+        assert client.ranks() == (0, 1)
+    assert len(pool_groups("grown")) == 2
+    with pytest.raises(CapacityError, match=f"rank 0: {missing}"):
+        await pools.open("late", num_cpus_per_engine=3.5, data_parallel_size=1, timeouts=waits)
+    assert pool_groups("late") == []
 
 
 async def test_resources_that_become_free_in_time_are_used(pools: PoolMaker) -> None:

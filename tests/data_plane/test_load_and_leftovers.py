@@ -21,7 +21,7 @@ from raycore.tensors import SHARED_MEMORY_DIRECTORY
 from tests.support.engine_process import Pool, client_of, expected, is_empty
 from tests.support.waiting import LIMIT_S, until
 
-LOAD_S = 20.0
+LOAD_S = 60.0
 STALL_S = 5.0
 """Nothing here takes more than milliseconds on an idle machine."""
 
@@ -82,7 +82,7 @@ class Load:
             await asyncio.sleep(0.1)
 
 
-async def test_twenty_seconds_of_two_way_load_from_four_clients_without_a_stall(pool: Pool) -> None:
+async def test_a_minute_of_two_way_load_from_four_clients_without_a_stall(pool: Pool) -> None:
     load = Load()
     async with client_of(pool) as one, client_of(pool) as two, client_of(pool) as three, client_of(pool) as four:
         # somebody's long request keeps the engine busy, so that a waiting pause always has something to wait for

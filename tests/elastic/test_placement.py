@@ -8,7 +8,17 @@ from collections import Counter
 
 import pytest
 
-from elastic.placement import NodeSnapshot, NodeStrategy, PlacementPlan, RankDemand, Shortage, matches, plan_placement
+from elastic.placement import (
+    UNPLANNED,
+    NodeSnapshot,
+    NodeStrategy,
+    PlacementPlan,
+    RankDemand,
+    Shortage,
+    matches,
+    plan_partly,
+    plan_placement,
+)
 
 CPU = RankDemand(bundles=({"CPU": 1.0},))
 STRATEGIES: tuple[NodeStrategy, ...] = ("pack", "spread", "strict")
@@ -42,6 +52,14 @@ def test_spread_levels_nodes_and_keeps_a_nodes_ranks_together() -> None:
 def test_strict_puts_the_same_number_on_as_few_nodes_as_can_be() -> None:
     assert planned(node("a", 3), node("b", 2), node("c", 2), count=4, strategy="strict") == ["a", "a", "b", "b"]
     assert refused(node("a", 3), node("b", 2), count=5, strategy="strict").is_infeasible
+
+
+@pytest.mark.parametrize("strategy", ["pack", "spread"])
+def test_ranks_without_room_wait_for_nodes_that_are_to_come(strategy: NodeStrategy) -> None:
+    nodes = (node("a", 2), node("b", 1, total=4), node("c", 8, is_draining=True))
+    assert plan_partly(nodes, CPU, 5, strategy).nodes == ("a", "a", "b", UNPLANNED, UNPLANNED)
+    assert plan_partly(nodes, CPU, 3, strategy).nodes == ("a", "a", "b")
+    assert plan_partly((), CPU, 1, strategy).nodes == (UNPLANNED,)
 
 
 def test_a_busy_cluster_is_told_from_one_that_is_too_small() -> None:

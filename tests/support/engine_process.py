@@ -176,8 +176,10 @@ def echo_pool(
     over_tcp: bool = False,
     name: str | None = None,
     on_engine_death: str = "fail",
+    allow_pickle: bool = False,
+    engine: str = "echo",
 ) -> Iterator[Pool]:
-    """A pool of echo engines that is gone afterwards, with nothing of it left on the machine."""
+    """A pool of engines that is gone afterwards, with nothing of it left on the machine."""
     pool = name or f"t{secrets.token_hex(4)}"
     server, client = (curve_keys(), curve_keys()) if over_tcp else (("", ""), ("", ""))
     limits, health, timeouts = limits or Limits(), health or HealthConfig(), Timeouts()
@@ -188,9 +190,9 @@ def echo_pool(
                 pool=pool,
                 rank=rank,
                 incarnation=f"i{rank}",
-                engine="echo",
+                engine=engine,
                 model=None,
-                engine_options={**ECHO, **(options or {})},
+                engine_options={**(ECHO if engine == "echo" else {}), **(options or {})},
                 device="cpu",
                 tcp="always" if over_tcp else "never",
                 limits=limits,
@@ -199,27 +201,30 @@ def echo_pool(
                 server_public_key=server[0],
                 server_secret_key=server[1],
                 client_public_key=client[0],
+                allow_pickle=allow_pickle,
+                debug_checks=True,
             )
             engines.append(EngineProcess(spec))
-        for engine in engines:
-            engine.wait_until_up()
-        membership = Membership(pool, Epoch(1), Term(1), tuple(engine.member for engine in engines))
-        for engine in engines:
-            engine.join_pool(membership)
+        for process in engines:
+            process.wait_until_up()
+        membership = Membership(pool, Epoch(1), Term(1), tuple(process.member for process in engines))
+        for process in engines:
+            process.join_pool(membership)
         access = PoolAccess(
             membership=membership,
             client_public_key=client[0],
             client_secret_key=client[1],
             engine="echo",
             on_engine_death=on_engine_death,
+            allow_pickle=allow_pickle,
             limits=limits,
             timeouts=timeouts,
             health=health,
         )
         yield Pool(engines, access, use_tcp=True if over_tcp else None)
     finally:
-        for engine in engines:
-            engine.end()
+        for process in engines:
+            process.end()
         # what killed processes left, as `raycore cleanup` would
         endpoints.sweep(pool)
         tensors.sweep(pool)

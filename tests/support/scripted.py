@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 
 from raycore.client.client import EngineCoreClient
-from raycore.client.control import PoolAccess
+from raycore.client.control import ControlPlane, PoolAccess
 from raycore.client.in_process import NoControlPlane
+from raycore.client.scope import Routing
 from raycore.codec import FrameDecoder, FrameEncoder
 from raycore.config import HealthConfig, Limits, Timeouts
 from raycore.core.engine_core import EngineCore
-from raycore.engine import EMPTY, Activity, Detail, Engine, EngineInfo, EngineLoad, EngineRequest, FinishReason, StepOutput
+from raycore.engine import EMPTY, Activity, Detail, Engine, EngineInfo, EngineLoad, EngineRequest, FinishReason, LogprobRows, StepOutput
 from raycore.ids import EngineId, Epoch, Incarnation, Rank, Term
 from raycore.membership import Endpoints, Member, Membership
 from raycore.messages import PROTOCOL_VERSION, Abort, Add, Attach, Call, CallResult, ClientFrame, EngineFrame, StepColumns
+from raycore.metrics import MetricsSink
 from raycore.operations import OPERATIONS
 from raycore.sampling import SamplingParams
 from raycore.tensors import TensorReader
@@ -47,8 +49,8 @@ class ScriptedEngine:
     """Gives request r's i-th token as `prompt[i % len]`, one a step, unless `before_step` or the tables of errors say otherwise."""
 
     def __init__(self, **info: Any) -> None:
-        facts = {"vocab_size": 1000, "max_model_len": 4096, "kv_tokens": 1 << 20, "tasks": ("generate",), **info}
-        self._info = EngineInfo("scripted", "none", facts["vocab_size"], facts["max_model_len"], facts["kv_tokens"], facts["tasks"])
+        facts = {"vocab_size": 1000, "max_model_len": 4096, "kv_tokens": 1 << 20, "tasks": ("generate",), "gives_logprobs": True, **info}
+        self._info = EngineInfo(engine="scripted", model="none", **facts)
         self.requests: dict[int, EngineRequest] = {}
         self.produced: dict[int, int] = {}
         self.log: list[tuple[str, Any]] = []
@@ -82,10 +84,11 @@ class ScriptedEngine:
         if scripted is not None:
             return scripted
         handles = list(self.requests)
-        tokens, finished = [], []
+        tokens, finished, logprobs = [], [], []
         for handle in handles:
             request, position = self.requests[handle], self.produced[handle]
             tokens.append(int(request.prompt_token_ids[position % len(request.prompt_token_ids)]))
+            logprobs += scripted_logprobs(handle, request, position, tokens[-1])
             self.produced[handle] = position + 1
             if position + 1 >= request.sampling.max_tokens:
                 finished.append(handle)
@@ -95,6 +98,7 @@ class ScriptedEngine:
             np.array(tokens, np.uint32),
             finished=np.array(finished, np.uint32),
             reasons=bytes([FinishReason.LENGTH]) * len(finished),
+            logprobs=logprobs,
         )
 
     def end_all(self, reason: FinishReason, detail: Detail | None = None, *, with_token: bool = True) -> StepOutput:
@@ -128,6 +132,34 @@ class ScriptedEngine:
         self.is_closed = True
 
 
+def scripted_logprobs(handle: int, request: EngineRequest, position: int, token: int) -> list[LogprobRows]:
+    """What the scripted engine says of an output token: log probability -position / 4 and rank position + 1; of prompt token i: -i / 4."""
+    parts = []
+    prompt = request.prompt_token_ids.tolist()
+    if request.sampling.prompt_logprobs is not None and not position:
+        places = range(1, len(prompt))
+        parts.append(logprob_rows(handle, prompt[1:], places, request.sampling.prompt_logprobs, of_prompt=True))
+    if request.sampling.logprobs is not None:
+        parts.append(logprob_rows(handle, [token], range(position, position + 1), request.sampling.logprobs))
+    return parts
+
+
+def logprob_rows(handle: int, tokens: Sequence[int], places: range, width: int, *, of_prompt: bool = False) -> LogprobRows:
+    count = len(tokens)
+    column = np.array(places, np.uint32)
+    top = np.tile(np.arange(width, dtype=np.uint32), count)
+    return LogprobRows(
+        np.full(count, handle, np.uint32),
+        np.array(tokens, np.uint32),
+        column.astype(np.float32) / -4,
+        column + np.uint32(1),
+        np.full(count, width, np.uint32),
+        top,
+        -top.astype(np.float32),
+        of_prompt,
+    )
+
+
 class Rig:
     """One engine core on a memory listener; every turn checks its tables."""
 
@@ -139,13 +171,14 @@ class Rig:
         capacity: int | None = None,
         clock: Callable[[], float] | None = None,
         rank: int = 0,
+        is_member: bool = True,
     ) -> None:
         self.engine: Any = engine or ScriptedEngine()
         self.clock = FakeClock() if clock is None else clock
         self.listener = MemoryListener(capacity=capacity)
         self.id = EngineId(Rank(rank), Incarnation(f"i{rank}"))
         self.member = Member(self.id, Endpoints("memory", "", ""), self.engine.info, 0)
-        self.membership = Membership(POOL, Epoch(1), Term(1), (self.member,))
+        self.membership = Membership(POOL, Epoch(1), Term(1), (self.member,)) if is_member else Membership(POOL)
         self.core = EngineCore(
             self.id,
             self.engine,
@@ -307,24 +340,45 @@ class RankLinks:
     def forget(self, engine: EngineId) -> None:
         pass
 
+    def snapshots(self, endpoints: Endpoints) -> None:
+        return None
+
     async def close(self) -> None:
         pass
 
 
 @contextlib.asynccontextmanager
-async def memory_client(*rigs: Rig, limits: Limits | None = None, on_engine_death: str = "fail") -> AsyncIterator[EngineCoreClient]:
-    """A client of engine cores that a task turns on the same loop; whatever the loop's callbacks raise fails the test."""
+async def memory_client(
+    *rigs: Rig,
+    limits: Limits | None = None,
+    on_engine_death: str = "fail",
+    control: ControlPlane | None = None,
+    routing: Routing | None = None,
+    members: int | None = None,
+    metrics: MetricsSink | None = None,
+) -> AsyncIterator[EngineCoreClient]:
+    """A client of engine cores that a task turns on the same loop; whatever the loop's callbacks raise fails the test.
+
+    `members`: how many of them are, the first ones; None: all.
+    """
     loop = asyncio.get_running_loop()
     raised: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _loop, context: raised.append(context))
-    membership = Membership(POOL, Epoch(1), Term(1), tuple(rig.member for rig in rigs))
-    for rig in rigs:
+    membership = Membership(POOL, Epoch(1), Term(1), tuple(rig.member for rig in rigs[:members]))
+    for rig in rigs[:members]:
         rig.core.set_membership(Membership(POOL, Epoch(2), Term(1), membership.members))
     access = PoolAccess(membership=Membership(POOL, Epoch(2), Term(1), membership.members), on_engine_death=on_engine_death)
     turners = [asyncio.create_task(_turn(rig)) for rig in rigs]
     try:
         client = EngineCoreClient(
-            access, NoControlPlane(), RankLinks(rigs), limits=limits or Limits(), health=HealthConfig(), tokenizer=ByteTokenizer()
+            access,
+            control or NoControlPlane(),
+            RankLinks(rigs),
+            limits=limits or Limits(),
+            health=HealthConfig(),
+            tokenizer=ByteTokenizer(),
+            routing=routing,
+            metrics=metrics,
         )
         async with client:
             yield client

@@ -62,7 +62,7 @@ def test_a_digest_names_its_whole_prefix():
 
 
 def test_gather_returns_tokens_in_the_order_of_the_table():
-    cache = KVCache({0: LayerShape(2, 3, 5)}, blocks=4, block_size=2, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVCache({0: LayerShape(2, 3, 5, 4)}, blocks=4, block_size=2, dtype=torch.float32, device=torch.device("cpu"))
     key, value = torch.randn(3, 2, 3), torch.randn(3, 2, 5)
     cache.write(0, torch.tensor([6, 7, 2]), key, value)
     got_key, got_value = cache.gather(0, torch.tensor([[3, 1]]))

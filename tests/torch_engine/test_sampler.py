@@ -12,7 +12,7 @@ from raycore.sampling import SamplingParams
 
 
 def choose(logits: torch.Tensor, position: int = 0, banned: tuple[int, ...] = (), **sampling) -> int | None:
-    return sample(logits[None].clone(), [Choice(SamplingParams(**sampling), position, banned)])[0]
+    return sample(logits[None].clone(), {0: Choice(SamplingParams(**sampling), position, banned)})[0]
 
 
 def test_the_numbers_depend_on_seed_and_position_and_fill_the_interval():
@@ -35,13 +35,13 @@ def test_greedy_takes_the_highest_that_is_not_banned():
 def test_a_row_without_a_finite_maximum_has_no_token_and_spares_the_others():
     logits = torch.tensor([[math.nan, 1.0], [0.0, 1.0], [-math.inf, -math.inf]])
     params = SamplingParams(temperature=1.0, seed=1)
-    assert sample(logits, [Choice(params, 0), Choice(SamplingParams(), 0), Choice(params, 0)]) == [None, 1, None]
+    assert sample(logits, {0: Choice(params, 0), 2: Choice(params, 0)}) == [None, 1, None]
 
 
 def test_frequencies_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     rows = 4000
-    tokens = sample(probabilities.log().repeat(rows, 1), [Choice(SamplingParams(temperature=1.0, seed=1), i) for i in range(rows)])
+    tokens = sample(probabilities.log().repeat(rows, 1), {i: Choice(SamplingParams(temperature=1.0, seed=1), i) for i in range(rows)})
     for token, probability in enumerate(probabilities.tolist()):
         assert abs(tokens.count(token) / rows - probability) < 0.03
 
@@ -66,4 +66,5 @@ def test_the_batch_around_a_row_does_not_matter():
     logits = torch.randn(6, 500, generator=source)
     kinds = [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.0}, {"temperature": 2.0}, {"top_k": 50, "top_p": 0.5}]
     choices = [Choice(SamplingParams(**{"temperature": 1.0, "seed": i, **kind}), i) for i, kind in enumerate(kinds)]
-    assert sample(logits.clone(), choices) == [sample(logits[i : i + 1].clone(), [choices[i]])[0] for i in range(6)]
+    together = sample(logits.clone(), dict(enumerate(choices)))
+    assert together == [sample(logits[i : i + 1].clone(), {0: choices[i]})[0] for i in range(6)]

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from raycore.engines.torch.blocks import BlockPool
-from raycore.engines.torch.scheduler import Scheduler
+from raycore.engines.torch.scheduler import PROMPT_LOGIT_ROWS, Scheduler
 from raycore.engines.torch.sequence import Sequence
 
 
@@ -92,6 +92,75 @@ def test_a_prefix_is_computed_once_and_its_hits_are_counted():
     assert step(scheduler) == [(1, 12, 1), (2, 8, 4)]
     assert scheduler.stats.prefix_hit_tokens == 8
     assert scheduler.stats.prefilled_tokens == 12 + 4
+
+
+def test_the_least_urgent_is_preempted_whenever_it_came():
+    scheduler = make_scheduler(blocks=5, caching=False)
+    scheduler.add(sequence(1, 7, priority=3))
+    scheduler.add(sequence(2, 6, priority=-1))
+    step(scheduler)
+    for _ in range(8):
+        step(scheduler)
+    assert scheduler.stats.preemptions >= 1
+    urgent = scheduler.remove(2)
+    assert urgent is not None
+    assert len(urgent.tokens) == 6 + 9, "the urgent one was never put back"
+    assert step(scheduler)[0][:2] == (1, 0)
+
+
+def test_an_urgent_arrival_goes_before_all_that_wait_and_before_a_preempted_one():
+    scheduler = make_scheduler(blocks=5, budget=64, caching=False)
+    for handle in (1, 2, 3):
+        scheduler.add(sequence(handle, 12, priority=1))
+    assert step(scheduler) == [(1, 0, 12)]
+    scheduler.preempt_all()
+    scheduler.add(sequence(4, 12, priority=0))
+    assert step(scheduler) == [(4, 0, 12)]
+    scheduler.remove(4)
+    assert [chunk[0] for chunk in step(scheduler)] == [1]
+
+
+def test_prompts_that_share_what_another_computes_now_wait_for_it():
+    scheduler = make_scheduler(budget=64)
+    for handle in (1, 2, 3):
+        scheduler.add(sequence(handle, 13, base=0))
+    scheduler.add(sequence(4, 9))
+    assert step(scheduler) == [(1, 0, 13), (4, 0, 9)]
+    assert step(scheduler) == [(1, 13, 1), (4, 9, 1), (2, 12, 1), (3, 12, 1)]
+    assert scheduler.stats.prefilled_tokens == 13 + 9 + 2
+    assert scheduler.stats.prefix_hit_tokens == 2 * 12
+
+
+def test_they_do_not_wait_for_little_nor_for_one_that_leaves():
+    scheduler = make_scheduler(budget=8)
+    scheduler.add(sequence(1, 12, base=0))
+    other = sequence(2, 20)
+    other.tokens[:4] = range(4)
+    scheduler.add(other)
+    shared = sequence(3, 12, base=0)
+    scheduler.add(shared)
+    assert step(scheduler) == [(1, 0, 8)]
+    scheduler.remove(1)
+    assert [chunk[0] for chunk in step(scheduler)] == [2]
+    assert [chunk[0] for chunk in step(scheduler)] == [2]
+    assert [chunk[0] for chunk in step(scheduler)] == [2, 3]
+
+
+def test_prompts_whose_logits_are_due_share_a_step_bound_and_read_no_cache():
+    scheduler = make_scheduler(blocks=400, budget=2000)
+    scheduler.add(sequence(1, 300, base=0))
+    step(scheduler)
+    for handle in (2, 3):
+        asking = sequence(handle, 300, base=0)
+        asking.wants_prompt_logprobs, asking.reads_cache = True, False
+        scheduler.add(asking)
+    scheduler.add(sequence(4, 5))
+    assert step(scheduler) == [(1, 300, 1), (2, 0, PROMPT_LOGIT_ROWS)]
+    second = step(scheduler)
+    assert second[:2] == [(1, 301, 1), (2, 256, 44)]
+    assert second[2][:2] == (3, 0)
+    assert sum(length for handle, _, length in second if handle in (2, 3)) <= PROMPT_LOGIT_ROWS + 1
+    assert (4, 0, 5) in step(scheduler) + second
 
 
 def test_nothing_is_admitted_that_does_not_fit_now():

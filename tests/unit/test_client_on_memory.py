@@ -8,28 +8,32 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
+from raycore.client.control import LOOP_ENDED
+from raycore.client.in_process import NoControlPlane
 from raycore.config import Limits
-from raycore.engine import Detail, FinishReason
+from raycore.engine import Detail, FinishReason, StepOutput
 from raycore.errors import (
     AdmissionError,
     DisagreementError,
     EngineDeadError,
     InvalidRequestError,
     NoEngineError,
+    RankLeftError,
     RaycoreError,
     RemoteCallError,
     RequestFailedError,
     SessionLostError,
     UnknownRankError,
 )
-from raycore.ids import Epoch, Term
-from raycore.membership import Departure, Membership
+from raycore.ids import EngineId, Epoch, Term
+from raycore.membership import Departure, Membership, MemberState
 from raycore.sampling import SamplingParams
 from raycore.transport.channel import SendResult
 from raycore.transport.memory import MemoryListener
-from tests.support.scripted import POOL, Rig, memory_client
+from tests.support.scripted import POOL, Rig, ScriptedEngine, memory_client
 from tests.support.waiting import until
 
 LONG = SamplingParams(max_tokens=100_000)
@@ -140,6 +144,85 @@ async def test_a_request_that_was_on_three_dying_engines_fails_alone() -> None:
             await client.generate([6], request_id="poison").collect()
         assert len(client.ranks()) == 1
         assert (await good.collect()).finish_reason == "length"
+
+
+async def test_embeddings_adapters_and_tensors_of_a_dead_engine_are_asked_for_again_as_they_were() -> None:
+    facts = {"tasks": ("generate", "embed"), "embedding_size": 4}
+    rigs = [Rig(ScriptedEngine(**facts), rank=rank) for rank in (0, 1)]
+    embeds = np.arange(8, dtype=np.float32).reshape(2, 4)
+    for rig in rigs:
+        rig.engine.methods["add_lora"] = lambda **_arguments: True
+        rig.engine.before_step = StepOutput
+    async with memory_client(*rigs, on_engine_death="replay") as client:
+        vectors = [asyncio.create_task(client.embed([7, 8])) for _ in range(2)]
+        streams = [client.generate([5, 6], SamplingParams(max_tokens=3), lora="mine") for _ in range(2)]
+        streams += [client.generate(None, SamplingParams(max_tokens=1), tensors={"prompt_embeds": embeds}) for _ in range(2)]
+        await until(lambda: sum(len(rig.engine.requests) for rig in rigs) == 6, "all are there")
+        died = {request.request_id: request for request in rigs[0].engine.requests.values()}
+        assert died
+
+        def die() -> StepOutput:
+            raise MemoryError
+
+        rigs[0].engine.before_step = die
+        await until(lambda: len(rigs[1].engine.requests) == 6, "they are at the other rank")
+        again = {request.request_id: request for request in rigs[1].engine.requests.values()}
+        for request_id, request in died.items():
+            copy = again[request_id]
+            assert (copy.lora, copy.task, copy.sampling) == (request.lora, request.task, request.sampling)
+            np.testing.assert_array_equal(copy.prompt_token_ids, request.prompt_token_ids)
+            assert copy.tensors.keys() == request.tensors.keys()
+            assert all(np.array_equal(copy.tensors[name], tensor) for name, tensor in request.tensors.items())
+        assert {request.task for request in again.values()} == {"generate", "embed"}
+        detail = Detail(embedding=np.ones(2, np.float32).tobytes())
+        rigs[1].engine.before_step = lambda: rigs[1].engine.end_all(FinishReason.STOP, detail, with_token=False)
+        for vector in await asyncio.gather(*vectors):
+            np.testing.assert_array_equal(vector, np.ones(2, np.float32))
+        for stream in streams:
+            assert (await stream.collect()).finish_reason == "stop"
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+async def test_a_function_that_wants_to_end_the_process_ends_its_call_only(error: BaseException) -> None:
+    rig = Rig()
+
+    def leave() -> None:
+        raise error
+
+    rig.engine.rpc["leave"] = leave
+    async with memory_client(rig) as client:
+        with pytest.raises(RemoteCallError, match=f"leave raised {type(error).__name__}"):
+            await client.operations.collective_rpc(method="leave")
+        assert (await client.generate([5], SamplingParams(max_tokens=2)).collect()).token_ids == [5, 5]
+
+
+async def test_a_rank_that_hears_later_than_the_client_that_it_serves_again_is_used_again() -> None:
+    rigs = [Rig(rank=rank) for rank in (0, 1)]
+    async with memory_client(*rigs) as client:
+        leaving = tuple(msgspec.structs.replace(rig.member, state=MemberState(rig.id.rank)) for rig in rigs)
+        for rig in rigs:
+            rig.core.set_membership(Membership(POOL, Epoch(3), Term(1), leaving))
+        await until(lambda: client.membership.epoch == 3, "the client knows that rank 1 leaves")
+        undone = Membership(POOL, Epoch(4), Term(1), tuple(rig.member for rig in rigs))
+        rigs[0].core.set_membership(undone)
+        await until(lambda: client.membership.epoch == 4, "the client knows that it does not")
+        outputs = await asyncio.gather(*(client.generate([n], SamplingParams(max_tokens=2)).collect() for n in range(1, 5)))
+        assert {output.rank for output in outputs} == {0}, "rank 1 has refused them"
+        rigs[1].core.set_membership(undone)
+
+        def is_used() -> bool:
+            return len(client._fleet.usable) == 2
+
+        await until(is_used, "rank 1 is used again")
+        assert (await client.generate([5], SamplingParams(max_tokens=2), data_parallel_rank=1).collect()).token_ids == [5, 5]
+
+
+async def test_true_is_no_rank() -> None:
+    async with memory_client(Rig(), Rig(rank=1)) as client:
+        with pytest.raises(UnknownRankError, match="True does not serve"):
+            client.generate([5], data_parallel_rank=True)
+        with pytest.raises(UnknownRankError, match="True does not serve"):
+            await client.call("is_sleeping", rank=True)
 
 
 async def test_an_error_of_the_engine_is_raised_after_what_was_delivered() -> None:
@@ -313,3 +396,40 @@ async def test_a_second_reader_of_one_stream_is_refused() -> None:
             await anext(stream)
         await client.call("resume_scheduler", rank=0)
         assert (await first).token_ids
+
+
+class _KnowsEnds(NoControlPlane):
+    """A control plane whose notices are given by hand."""
+
+    def __init__(self) -> None:
+        self.on_end: dict[EngineId, Callable[[EngineId, str], None]] = {}
+        self.newest: Membership | None = None
+
+    def watch(self, engine: EngineId, on_death: Callable[[EngineId, str], None]) -> None:
+        self.on_end[engine] = on_death
+
+    async def refresh(self) -> Membership | None:
+        return self.newest
+
+
+@pytest.mark.parametrize("has_left", [True, False])
+async def test_an_orderly_end_is_a_leave_where_the_newest_membership_says_so(has_left: bool) -> None:
+    rigs = [Rig(rank=rank) for rank in range(2)]
+    control = _KnowsEnds()
+    async with memory_client(*rigs, control=control) as client:
+        pinned = client.generate([1, 2], SamplingParams(max_tokens=20_000), data_parallel_rank=0)
+        client.generate([5], SamplingParams(max_tokens=1), data_parallel_rank=1)
+        free = next(s for s in (client.generate([1, 2], SamplingParams(max_tokens=20_000)) for _ in range(2)) if s.rank == 0)
+        await asyncio.gather(anext(pinned), anext(free))
+        if has_left:  # decided while this client did not read
+            control.newest = Membership(POOL, Epoch(3), Term(1), (rigs[1].member,))
+        control.on_end[rigs[0].id](rigs[0].id, LOOP_ENDED)
+        if has_left:
+            rest = await free.collect()
+            assert (rest.finish_reason, rest.rank, rest.replayed) == ("length", 1, True)
+        else:
+            with pytest.raises(EngineDeadError, match=LOOP_ENDED):
+                await free.collect()
+        with pytest.raises(RankLeftError if has_left else EngineDeadError, match="rank 0"):
+            await pinned.collect()
+        assert client.ranks() == (1,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -403,10 +404,10 @@ def test_a_disconnected_client_has_its_grace_however_long_it_was_silent(rig: Rig
     rig.clock.advance(9.0)
     rig.listener.disconnect(peer.id)
     rig.turn(2)
-    rig.clock.advance(0.8)
+    rig.clock.advance(0.4)
     rig.turn(2)
-    assert rig.engine.requests, "the grace is one second from the disconnect"
-    rig.clock.advance(0.5)
+    assert rig.engine.requests, "the grace is half a second from the disconnect"
+    rig.clock.advance(0.3)
     rig.turn(2)
     assert not rig.engine.requests
 
@@ -796,7 +797,9 @@ def test_a_profile_begins_after_its_delay_and_stops_by_itself(rig: Rig, tmp_path
     assert list(tmp_path.iterdir())
     profile(peer, 2, start=False)
     rig.turn()
-    assert peer.results()[2].error.type == "RuntimeError"
+    error = peer.results()[2].error
+    assert error.type == "EngineStateError"
+    assert str(next(tmp_path.iterdir())) in error.message
 
 
 def test_profiles_that_cannot_be_are_refused(rig: Rig, tmp_path: Path) -> None:
@@ -811,7 +814,16 @@ def test_profiles_that_cannot_be_are_refused(rig: Rig, tmp_path: Path) -> None:
     profile(peer, 8, directory=str(tmp_path))
     rig.turn()
     errors = {number: result.error and result.error.type for number, result in peer.results().items()}
-    assert [number for number, error in errors.items() if error is None] == [7]
+    assert errors == {
+        1: "EngineStateError",
+        2: "FileNotFoundError",
+        3: "ValueError",
+        4: "ValueError",
+        5: "ValueError",
+        6: "ValueError",
+        7: None,
+        8: "EngineStateError",
+    }
     profile(peer, 9, start=False)
     rig.turn()
     assert peer.results()[9].error is None
@@ -826,8 +838,37 @@ def test_a_profile_that_cannot_be_written_ends_nothing(rig: Rig, tmp_path: Path)
     rig.turn()
     directory.rmdir()
     rig.finish()
-    peer.frames()
+    profile(peer, 2, start=False)
+    profile(peer, 3, directory=str(tmp_path), prefix="next")
+    profile(peer, 4, start=False)
+    rig.turn()
+    results = peer.results()
     assert peer.ended == {0: LENGTH}
+    assert "the last one failed" in results[2].error.message
+    assert Path(peer.value(results[4])).exists()
+
+
+def test_a_second_profile_of_a_name_does_not_replace_the_first(rig: Rig, tmp_path: Path) -> None:
+    peer = rig.peer()
+    for number in (1, 3, 5):
+        profile(peer, number, directory=str(tmp_path), prefix="same")
+        profile(peer, number + 1, start=False)
+    rig.turn()
+    results = peer.results()
+    paths = [Path(peer.value(results[number])) for number in (2, 4, 6)]
+    assert len(set(paths)) == 3
+    assert all(path.name.startswith(f"same-rank0-{os.getpid()}") and path.exists() for path in paths)
+
+
+def test_a_profile_without_a_bound_of_its_own_ends_all_the_same(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raycore.core.profiler.MOST_STEPS", 5)
+    peer = rig.peer()
+    profile(peer, 1, directory=str(tmp_path))
+    peer.send(peer.add(0, max_tokens=20))
+    rig.turn(4)
+    assert not list(tmp_path.iterdir())
+    rig.turn(2)
+    assert list(tmp_path.iterdir())
 
 
 def test_an_idle_core_reports_an_empty_load(rig: Rig) -> None:

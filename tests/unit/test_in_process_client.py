@@ -62,7 +62,7 @@ def test_calls_are_answered(client: BlockingClient) -> None:
     assert client.operations.collective_rpc(method="echo", args=[1]) == [{"args": [1], "kwargs": {}}]
     with pytest.raises(RemoteCallError):
         client.call("collective_rpc", rank=0, method="raise_error", args=["KeyError", "x"])
-    assert client.operations.pause_scheduler(mode="keep") == [None]
+    assert client.operations.pause_scheduler(mode="keep") is None
     assert client.operations.is_scheduler_paused() is True
     client.operations.resume_scheduler()
     assert tokens_of(client.generate([5], SamplingParams(max_tokens=2))) == [5, 5]

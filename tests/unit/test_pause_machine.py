@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raycore.core.pause import Pause, PauseState, PauseStep, ResumeBeforePausedError, on_idle, on_pause, on_resume, on_withdrawn
+from raycore.core.pause import Pause, PauseConflictError, PauseState, PauseStep, on_idle, on_pause, on_resume, on_withdrawn
 
 RUNNING, PAUSING, PAUSED = PauseState.RUNNING, PauseState.PAUSING, PauseState.PAUSED
 
@@ -62,7 +62,7 @@ def test_resume_ends_a_pause_and_is_harmless_without_one() -> None:
 
 
 def test_resume_before_the_pause_is_complete_is_an_error() -> None:
-    with pytest.raises(ResumeBeforePausedError):
+    with pytest.raises(PauseConflictError):
         on_resume(Pause(PAUSING, ("call",)))
 
 

@@ -6,13 +6,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
+import msgspec
 import numpy as np
 
+from raycore.embeddings import PROMPT_EMBEDS
 from raycore.engine import Activity, EngineInfo, EngineLoad, EngineRequest, RequestRefused, StepOutput
 from raycore.engines.echo.ending import Ending, find_ending
+from raycore.engines.echo.exchange import StepExchange
 from raycore.engines.echo.faults import Faults
 from raycore.engines.echo.options import EOS_TOKEN_ID, EchoOptions, check
 from raycore.engines.echo.scheduler import EchoScheduler, stop_details
+from raycore.groups import ProcessGroup
+from raycore.sampling import check_vocabulary
 
 SHORT_PROMPT = 32
 """Up to here Python's `max` over a list is faster than numpy's over the array (0.3 against 1.1 µs at 8 tokens)."""
@@ -20,7 +25,11 @@ SHORT_PROMPT = 32
 
 @final
 class EchoEngine:
-    """Output token i is `prompt[i % len(prompt)]`, whatever the batch; `clock` and `sleep` are used only when steps are to take time."""
+    """Output token i is `prompt[i % len(prompt)]`, whatever the batch and however it is sampled.
+
+    All probability is on that one token, which temperature, filters, penalties and biases leave as it is. What needs logits (log
+    probabilities) or a model (embeddings) is refused. `clock` and `sleep` are used only when steps are to take time.
+    """
 
     def __init__(
         self,
@@ -36,6 +45,9 @@ class EchoEngine:
         self._clock, self._sleep = clock, sleep
         self._is_timed = bool(options.base_s or options.per_sequence_s or options.per_kv_token_s or options.per_prefill_token_s)
         self._info = EngineInfo("echo", model, options.vocab_size, options.longest, options.kv_tokens, ("generate",), (EOS_TOKEN_ID,))
+        if options.lockstep:
+            self._info = msgspec.structs.replace(self._info, sync_interval=options.sync_interval)
+        self._exchange = StepExchange()
         self._longest = options.longest
         self._scheduler = EchoScheduler(options)
         self._done_on_arrival: list[tuple[int, Ending]] = []
@@ -51,6 +63,8 @@ class EchoEngine:
         """Queue a request; raise RequestRefused for an empty or too long prompt and for ids outside the vocabulary."""
         prompt = request.prompt_token_ids
         length = len(prompt)
+        if request.tensors and PROMPT_EMBEDS in request.tensors:
+            raise RequestRefused(f"{PROMPT_EMBEDS}: the echo engine takes token ids only")
         if not length:
             raise RequestRefused("the prompt is empty")
         if length >= self._longest:
@@ -59,6 +73,11 @@ class EchoEngine:
         if largest >= self._info.vocab_size:
             raise RequestRefused(f"token id {largest} is outside the vocabulary of {self._info.vocab_size}")
         sampling = request.sampling
+        if sampling.logprobs is not None or sampling.prompt_logprobs is not None:
+            name = "prompt_logprobs" if sampling.logprobs is None else "logprobs"
+            raise RequestRefused(f"{name}: the echo engine has no log probabilities")
+        if sampling.logit_bias:
+            check_vocabulary(sampling, self._info.vocab_size)
         ending: Ending | None = None
         if sampling.stop or sampling.stop_token_ids or largest >= EOS_TOKEN_ID or len(request.delivered):
             ending = find_ending(prompt, sampling, self._longest)
@@ -82,6 +101,8 @@ class EchoEngine:
         started_s = self._clock() if self._is_timed else 0.0
         if self._faults.is_armed:
             self._faults.strike()
+        # before anything changes: a step whose collective fails must leave the sequences as they were
+        self._exchange.meet()
         scheduler = self._scheduler
         prefilled = scheduler.admit()
         if self._is_timed:
@@ -89,6 +110,7 @@ class EchoEngine:
         output = scheduler.advance()
         if self._done_on_arrival:
             self._publish_done_on_arrival(output)
+        output.prefilled = prefilled
         counts = self._counts
         counts["steps"] += 1
         counts["tokens"] += len(output.tokens)
@@ -102,9 +124,14 @@ class EchoEngine:
 
     def idle_step(self) -> None:
         """A step without sequences."""
+        self._exchange.meet()
         self._counts["idle_steps"] += 1
         if self._options.base_s:
             self._sleep(self._options.base_s)
+
+    def set_group(self, group: ProcessGroup | None) -> None:
+        """The group of coming steps (lockstep)."""
+        self._exchange = StepExchange(group)
 
     def load(self) -> EngineLoad:
         """The load now."""

@@ -31,6 +31,10 @@ class EchoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     per_sequence_s: NonNegative = 0.0
     per_kv_token_s: NonNegative = 0.0
     per_prefill_token_s: NonNegative = 0.0
+    lockstep: bool = False
+    """Step together with the other ranks (`docs/waves.md`); each step has a collective, as an expert-parallel one has."""
+    sync_interval: Positive = 1
+    """In lockstep: agree every so many steps whether to go on."""
     fail_start: str | None = None
     """For tests: making the engine raises RuntimeError with this text."""
 

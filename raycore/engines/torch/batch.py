@@ -32,7 +32,8 @@ class StepBatch:
     """A flat, ragged batch of T tokens: first one row per decoding sequence, then the prompt chunks one after another.
 
     `token_ids`, `positions` [1, T] int64; `slots` [T] int64: where each token's key and value go; `tables` [D, M] int64 of the decodes,
-    padded with the scratch block; `lengths` [D] int64: tokens each decode sees, itself included; `logit_rows` [S] int64.
+    padded with the scratch block; `lengths` [D] int64: tokens each decode sees, itself included; `logit_rows` [S + Q] int64: the rows of
+    `sampled_chunks`, then those of `prompt_logit_chunks`; `embeds`: (first row, [rows, hidden]) of prompts that are no token ids.
     """
 
     token_ids: torch.Tensor
@@ -43,8 +44,11 @@ class StepBatch:
     lengths: torch.Tensor
     spans: list[PromptSpan]
     logit_rows: torch.Tensor
+    embeds: list[tuple[int, torch.Tensor]]
     block_size: int
     dtype: torch.dtype
+    run: slice | None = None
+    """Slots of the tokens of the only decode, where its blocks lie one after another: they can be seen without being gathered."""
     _decode_masks: dict[int, torch.Tensor] = field(default_factory=dict)
     _span_masks: dict[tuple[int, int], torch.Tensor | None] = field(default_factory=dict)
 
@@ -58,6 +62,13 @@ class StepBatch:
                 hidden |= places < self.lengths[:, None] - window
             mask = self._decode_masks[window] = _additive(hidden, self.dtype)[:, None, None, :]
         return mask.expand(-1, -1, groups, -1)
+
+    def lone_run(self, window: int) -> slice | None:
+        """What the only decode may see, as a run of slots; None where there are several decodes or their blocks are scattered."""
+        run = self.run
+        if run is None or window == NO_WINDOW or run.stop - run.start <= window:
+            return run
+        return slice(run.stop - window, run.stop)
 
     def span_mask(self, index: int, window: int) -> torch.Tensor | None:
         """What a prompt chunk may see: additive, [rows, padded length]; None where plain causal attention over the chunk says it all."""
@@ -77,53 +88,105 @@ class StepBatch:
         return _additive(hidden, self.dtype)
 
 
-def build_batch(chunks: Sequence[Chunk], *, block_size: int, dtype: torch.dtype, device: torch.device) -> StepBatch:
-    """Lay out a step's chunks; single tokens come first and are handled as decodes, whatever they are."""
+@dataclass(slots=True, frozen=True)
+class Layout:
+    """A step's chunks as one flat batch of T tokens in R sequences, on the host; all arrays int64.
+
+    `token_ids`, `positions`, `slots` [T]; `tables` [R, M], padded with the scratch block; `starts` [R + 1]: where each sequence's rows
+    begin; `lengths` [R]: tokens that its last row sees; `logit_rows` [S + Q]: rows whose logits are wanted, those of `sampled_chunks`, then
+    those of `prompt_logit_chunks`. The first `decodes` sequences have one row. `embeds`: first row and [rows, hidden] of prompts that are
+    no token ids.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    tables: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    logit_rows: np.ndarray
+    decodes: int
+    embeds: list[tuple[int, torch.Tensor]]
+
+
+def lay_out(chunks: Sequence[Chunk], block_size: int) -> Layout:
+    """Single tokens come first and are handled as decodes, whatever they are; then the longer chunks in order."""
     singles = [chunk for chunk in chunks if chunk.length == 1]
     ordered = singles + [chunk for chunk in chunks if chunk.length > 1]
-    starts = np.array([c.start for c in ordered], dtype=np.int64)
+    begins = np.array([c.start for c in ordered], dtype=np.int64)
     counts = np.array([c.length for c in ordered], dtype=np.int64)
-    ends = counts.cumsum()
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), counts.cumsum()])
     owner = np.repeat(np.arange(len(ordered)), counts)
-    positions = np.arange(ends[-1]) - (ends - counts)[owner] + starts[owner]
+    positions = np.arange(starts[-1]) + (begins - starts[:-1])[owner]
     tables = _padded_tables(ordered, block_size)
-    slots = tables[owner, positions // block_size] * block_size + positions % block_size
-    ids = np.concatenate([c.sequence.tokens[c.start : c.start + c.length] for c in ordered]).astype(np.int64)
+    last = np.array([c.is_last for c in ordered])
+    begin_rows = starts[:-1].tolist()
+    prompt_rows = [np.arange(row, row + c.prompt_logits) for row, c in zip(begin_rows, ordered, strict=True) if c.prompt_logits]
+    return Layout(
+        token_ids=np.concatenate([c.sequence.tokens[c.start : c.start + c.length] for c in ordered]).astype(np.int64),
+        positions=positions,
+        slots=tables[owner, positions // block_size] * block_size + positions % block_size,
+        tables=tables,
+        starts=starts,
+        lengths=begins + counts,
+        logit_rows=np.concatenate([starts[1:][last] - 1, *prompt_rows]),
+        decodes=len(singles),
+        embeds=[
+            (row, c.sequence.embeds[c.start : c.start + c.length]) for row, c in zip(starts.tolist(), ordered, strict=False) if c.has_embeds
+        ],
+    )
+
+
+def build_batch(chunks: Sequence[Chunk], *, block_size: int, dtype: torch.dtype, device: torch.device) -> StepBatch:
+    """A step's chunks as tensors."""
+    layout = lay_out(chunks, block_size)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
-    last = np.array([c.is_last for c in ordered])
-    decodes = len(singles)
-    lengths = starts[:decodes] + 1
+    decodes = layout.decodes
+    lengths = layout.lengths[:decodes]
     width = -(-int(lengths.max()) // block_size) if decodes else 0
-    spans = [
-        PromptSpan(
-            int(ends[i] - counts[i]),
-            int(ends[i]),
-            c.start,
-            c.start + c.length,
-            tensor(tables[i : i + 1, : -(-(c.start + c.length) // block_size)]),
-        )
-        for i, c in enumerate(ordered[decodes:], start=decodes)
-    ]
+    spans = []
+    for i in range(decodes, len(layout.lengths)):
+        begin, end, length = int(layout.starts[i]), int(layout.starts[i + 1]), int(layout.lengths[i])
+        table = tensor(layout.tables[i : i + 1, : -(-length // block_size)])
+        spans.append(PromptSpan(begin, end, length - (end - begin), length, table))
+    run = None
+    if decodes == 1:
+        table = layout.tables[0, :width]
+        if bool((np.diff(table) == 1).all()):
+            first = int(table[0]) * block_size
+            run = slice(first, first + int(lengths[0]))
     return StepBatch(
-        token_ids=tensor(ids)[None],
-        positions=tensor(positions)[None],
-        slots=tensor(slots),
+        token_ids=tensor(layout.token_ids)[None],
+        positions=tensor(layout.positions)[None],
+        slots=tensor(layout.slots),
         decodes=decodes,
-        tables=tensor(tables[:decodes, :width]),
+        tables=tensor(layout.tables[:decodes, :width]),
         lengths=tensor(lengths),
         spans=spans,
-        logit_rows=tensor(ends[last] - 1),
+        logit_rows=tensor(layout.logit_rows),
+        embeds=layout.embeds,
         block_size=block_size,
         dtype=dtype,
+        run=run,
     )
 
 
 def sampled_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
     """The chunks that end in logits, in the order of the logits' rows."""
     return [c for c in chunks if c.length == 1 and c.is_last] + [c for c in chunks if c.length > 1 and c.is_last]
+
+
+def prompt_logit_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The chunks whose prompt tokens' log probabilities are due, in the order of the logits' further rows."""
+    return [c for c in chunks if c.length == 1 and c.prompt_logits] + [c for c in chunks if c.length > 1 and c.prompt_logits]
+
+
+def in_row_order(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The chunks as they lie in the flat batch."""
+    return [c for c in chunks if c.length == 1] + [c for c in chunks if c.length > 1]
 
 
 def _padded_tables(chunks: Sequence[Chunk], block_size: int) -> np.ndarray:

@@ -19,11 +19,12 @@ CPU_MEMORY_SHARE = 0.25
 
 @dataclass(slots=True, frozen=True)
 class LayerShape:
-    """What one attention layer stores per token."""
+    """What one attention layer stores per token, and how many query heads read it."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
+    heads: int
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of one token's key and value."""
@@ -38,16 +39,27 @@ class KVCache:
 
     def __init__(self, layers: Mapping[int, LayerShape], *, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.block_size = block_size
-        slots = blocks * block_size
-        self.keys = {i: torch.zeros(slots, s.kv_heads, s.key_dim, dtype=dtype, device=device) for i, s in layers.items()}
-        self.values = {i: torch.zeros(slots, s.kv_heads, s.value_dim, dtype=dtype, device=device) for i, s in layers.items()}
+        self.layers = dict(layers)
+        self._blocks, self._dtype, self._device = blocks, dtype, device
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Make the tensors, again after `release`; what they held before is gone."""
+        slots, dtype, device = self._blocks * self.block_size, self._dtype, self._device
+        self.keys = {i: torch.zeros(slots, s.kv_heads, s.key_dim, dtype=dtype, device=device) for i, s in self.layers.items()}
+        self.values = {i: torch.zeros(slots, s.kv_heads, s.value_dim, dtype=dtype, device=device) for i, s in self.layers.items()}
         # One row per block: gathering whole blocks copies kilobytes at a time, slots would copy a few hundred bytes.
-        self._key_rows = {i: k.view(blocks, -1) for i, k in self.keys.items()}
-        self._value_rows = {i: v.view(blocks, -1) for i, v in self.values.items()}
+        self._key_rows = {i: k.view(self._blocks, -1) for i, k in self.keys.items()}
+        self._value_rows = {i: v.view(self._blocks, -1) for i, v in self.values.items()}
+
+    def release(self) -> None:
+        """Free the tensors; nothing may be written or gathered until `allocate`."""
+        for part in (self.keys, self.values, self._key_rows, self._value_rows):
+            part.clear()
 
     @property
     def total_bytes(self) -> int:
-        """Memory of all layers."""
+        """Memory of all layers; 0 while released."""
         return sum(t.nbytes for part in (self.keys, self.values) for t in part.values())
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -62,8 +74,12 @@ class KVCache:
         length = width * self.block_size
         _, heads, key_dim = self.keys[layer].shape
         key = self._key_rows[layer].index_select(0, rows).view(batch, length, heads, key_dim).transpose(1, 2)
-        value = self._value_rows[layer].index_select(0, rows).view(batch, length, heads, -1).transpose(1, 2)
+        value = self._value_rows[layer].index_select(0, rows).view(batch, length, heads, self.values[layer].shape[2]).transpose(1, 2)
         return key, value
+
+    def view(self, layer: int, run: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a run of slots, each as [1, kv_heads, length, dim], without a copy."""
+        return self.keys[layer][None, run].transpose(1, 2), self.values[layer][None, run].transpose(1, 2)
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero these blocks: a NaN left behind would reach the next holder through its masked slots."""

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from raycore.engine import EMBED, GENERATE, Task
 from raycore.engines.torch.attention import ATTENTION_NAME
 from raycore.engines.torch.options import TorchEngineOptions
 from raycore.errors import ConfigurationError
+from raycore.load_progress import counted
 from raycore.tokenizer import HfTokenizer, Tokenizer, has_tokenizer, sole_gguf
+
+_LOADING = "Loading weights"
+"""What transformers calls its loop over the weights; under another name nothing is counted and no bar is shown."""
+LOAD_BUDGET_S = 600.0
+"""A large checkpoint from a slow disk."""
+
+
+def initialise(device: str) -> None:
+    """Have the libraries of models and the device's context up, before there is a model."""
+    importlib.import_module("raycore.engines.torch.engine")
+    if device == "cuda":
+        torch.zeros(1, device=device)
 
 
 @dataclass(slots=True, frozen=True)
@@ -76,29 +93,59 @@ def find_smollm2() -> Path:
     return files[0]
 
 
-def load_model(source: Source, options: TorchEngineOptions) -> PreTrainedModel:
-    """The model in evaluation mode on its device; raises ConfigurationError when transformers cannot load it."""
+def load_config(source: Source) -> PreTrainedConfig:
+    """The checkpoint's configuration; raises ConfigurationError when transformers cannot read it."""
+    extra: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
+    try:
+        return AutoConfig.from_pretrained(str(source.directory), local_files_only=True, **extra)
+    except Exception as error:
+        raise ConfigurationError(f"cannot read the configuration of {str(source.directory / source.gguf)!r}: {error}") from error
+
+
+def load_model(source: Source, options: TorchEngineOptions, *, task: Task = GENERATE) -> PreTrainedModel:
+    """The model in evaluation mode on its device; raises ConfigurationError when transformers cannot load it.
+
+    For generation with the attention of `attention.py`, to embed without a head and with an attention of torch's own.
+    """
     device = choose_device(options.device)
     extra: dict[str, Any] = {"gguf_file": source.gguf} if source.gguf else {}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            # What transformers warns of while it reads a file (a numpy view that is not writable) says nothing about the result.
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_pretrained(
+        with loading_counted():
+            kind = AutoModel if task == EMBED else AutoModelForCausalLM
+            model = kind.from_pretrained(
                 str(source.directory),
-                dtype=_choose_dtype(options.dtype, device),
-                attn_implementation=ATTENTION_NAME,
+                dtype=choose_dtype(options.dtype, device),
+                attn_implementation="sdpa" if task == EMBED else ATTENTION_NAME,
                 local_files_only=True,
                 **extra,
             )
     except Exception as error:
         raise ConfigurationError(f"cannot load model {str(source.directory / source.gguf)!r}: {error}") from error
+    return model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType] -- transformers wraps `to` in a decorator that loses its type
+
+
+@contextlib.contextmanager
+def loading_counted() -> Iterator[None]:
+    """While transformers loads: the tensors are counted, without a bar of its own and without its warnings."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    hook = logging.set_tqdm_hook(_count_tensors)
+    try:
+        with warnings.catch_warnings():
+            # What transformers warns of while it reads a file (a numpy view that is not writable) says nothing about the result.
+            warnings.simplefilter("ignore")
+            yield
     finally:
+        logging.set_tqdm_hook(hook)
         if bars:
             logging.enable_progress_bar()
-    return model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType] -- transformers wraps `to` in a decorator that loses its type
+
+
+def _count_tensors(factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What transformers asks for instead of a bar of its own: the loop over the weights is counted, other bars are as they were."""
+    if options.get("desc") != _LOADING or not arguments:
+        return factory(*arguments, **options)
+    return counted(arguments[0])
 
 
 def load_tokenizer_of(source: Source) -> Tokenizer | None:
@@ -127,7 +174,8 @@ def eos_ids(model: PreTrainedModel, tokenizer: Tokenizer | None) -> tuple[int, .
     return tuple(sorted({int(token) for token in found}))
 
 
-def _choose_dtype(name: str, device: torch.device) -> torch.dtype | str:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """The option's dtype; `auto`: float32 on a CPU, else the checkpoint's own, which is called "auto" here too."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     return getattr(torch, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from raycore.engines.torch.blocks import ROOT_DIGEST, chain_digest
 
@@ -11,7 +12,8 @@ from raycore.engines.torch.blocks import ROOT_DIGEST, chain_digest
 class Sequence:
     """What the scheduler knows of a request; owned by it.
 
-    `tokens`: prompt, delivered and generated tokens. `computed`: how many of them have keys and values in `blocks`.
+    `tokens`: prompt, delivered and generated tokens; a prompt of embeddings stands as zeros. `computed`: how many of them have keys and
+    values in `blocks`.
     """
 
     handle: int
@@ -24,7 +26,17 @@ class Sequence:
     cached_tokens: int = 0
     """Prompt tokens that were found in the cache when the sequence was first admitted."""
     was_admitted: bool = False
+    reads_cache: bool = True
+    """Whether prefixes that others computed may be used."""
+    fills_cache: bool = True
+    """Whether others may find what it computes: not where `tokens` do not name its prompt."""
+    wants_prompt_logprobs: bool = False
+    """Whether logits are due for every token of the prompt."""
+    embeds: Any = None
+    """The prompt as a tensor [prompt_tokens, hidden] of the model's dtype and device, where it is no token ids."""
     published_blocks: int = 0
+    namespace: bytes = ROOT_DIGEST
+    """What its first block chains to: keys and values under an adapter are no one else's."""
     _digests: list[bytes] = field(default_factory=list)
 
     @property
@@ -46,7 +58,7 @@ class Sequence:
         """Names of the first `count` full blocks."""
         while len(self._digests) < count:
             index = len(self._digests)
-            parent = self._digests[-1] if index else ROOT_DIGEST
+            parent = self._digests[-1] if index else self.namespace
             self._digests.append(chain_digest(parent, self.tokens[index * block_size : (index + 1) * block_size]))
         return self._digests[:count]
 

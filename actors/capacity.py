@@ -1,0 +1,51 @@
+"""Room for ranks: the nodes that take them, and what is said where none does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from actors.nodes import cluster_nodes
+from actors.setup import rank_demand
+from elastic.placement import PlacementPlan, Shortage, plan_partly, plan_placement
+from raycore.config import PoolConfig
+from raycore.errors import CapacityError
+
+_POLL_S = 0.25
+
+
+class Capacity:
+    """The cluster as one pool's ranks would fill it; asked on the controller's event loop."""
+
+    def __init__(self, config: PoolConfig) -> None:
+        self._config = config
+        self._demand = rank_demand(config)
+
+    async def nodes(self, count: int) -> Sequence[str]:
+        """Nodes for `count` more ranks. With `Timeouts.new_nodes_s`, UNPLANNED for those that must wait for a node to come."""
+        if not self._config.timeouts.new_nodes_s:
+            return await self.present_nodes(count)
+        nodes = await asyncio.to_thread(cluster_nodes)
+        return plan_partly(nodes, self._demand, count, self._config.node_strategy).nodes
+
+    async def present_nodes(self, count: int) -> Sequence[str]:
+        """The same of nodes that are there. What can never fit is refused at once; a busy cluster is waited for until the limit."""
+        until_s = time.monotonic() + self._config.timeouts.capacity_s
+        while True:
+            plan = await self._plan(count)
+            if isinstance(plan, PlacementPlan):
+                return plan.nodes
+            if plan.is_infeasible or time.monotonic() >= until_s:
+                raise CapacityError(plan.text)
+            await asyncio.sleep(_POLL_S)
+
+    async def no_node_came(self) -> CapacityError:
+        """What to say of a rank whose group waited in vain."""
+        plan = await self._plan(1)
+        waited = f"no node came within {self._config.timeouts.new_nodes_s:g} s"
+        return CapacityError(f"{waited}: {plan.text}" if isinstance(plan, Shortage) else f"{waited} for a placement group to get ready")
+
+    async def _plan(self, count: int) -> PlacementPlan | Shortage:
+        nodes = await asyncio.to_thread(cluster_nodes)
+        return plan_placement(nodes, self._demand, count, self._config.node_strategy)

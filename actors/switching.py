@@ -1,0 +1,206 @@
+"""The controller's part in a switch of groups: asks every participant to prepare, has the decision kept, waits for confirmations."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from actors.fleet import EngineRecord
+from actors.lockstep import GroupMaker, Records
+from actors.remote import remote_call
+from actors.roster import with_members, without_engine
+from elastic.expert_change import plan_change
+from elastic.operation import Operation
+from raycore.config import Timeouts
+from raycore.engines.expert_change import ExpertChange, ExpertReport
+from raycore.errors import PoolError, RaycoreError
+from raycore.ids import EngineId, Epoch, GroupStamp
+from raycore.membership import GroupAddress, Handover, Membership, RankType, ReconfigureDistributedRequest
+
+logger = logging.getLogger(__name__)
+
+_UNDO_S = 2.0
+"""A participant that does not take an undo in this time hangs; its own checks drop what it prepared when it is told of the next epoch."""
+
+
+class GroupSwitch:
+    """One operation's standby groups, from the ports to the release of the old ones. Ranks in lockstep only."""
+
+    def __init__(self, pool: str, timeouts: Timeouts, groups: GroupMaker, before: Membership, epoch: Epoch, records: Records) -> None:
+        self.before = before
+        self.epoch = epoch
+        """Reserved for this operation."""
+        self.is_told = False
+        """Members were told to go."""
+        self.is_released = False
+        """All have confirmed: there is no way back."""
+        self._pool = pool
+        self._timeouts = timeouts
+        self._groups = groups
+        self._records = records
+        self._asked: set[EngineId] = set()
+        self._then: asyncio.Task[Membership] | None = None
+        self._expert_plan: ExpertChange | None = None
+        self._handover: Handover | None = None
+        self._drained: asyncio.Future[Any] | None = None
+
+    @property
+    def then(self) -> Membership:
+        """The membership that is prepared for. PoolError before its ports are known."""
+        if self._then is None or not self._then.done():
+            message = f"pool {self._pool}: the next epoch's ports are not known"
+            raise PoolError(message)
+        return self._then.result()
+
+    @property
+    def stamp(self) -> GroupStamp:
+        """Of the standby groups."""
+        group = self.then.group
+        return GroupStamp() if group is None else group.stamp
+
+    async def prepare(self, operation: Operation, engine: EngineId) -> None:
+        """Ask one participant, and wait until it is READY; what it raises says why it is not."""
+        if self._then is None:
+            self._then = asyncio.ensure_future(self._plan(operation))
+        then = await asyncio.shield(self._then)
+        stays = then.has(engine)
+        request = ReconfigureDistributedRequest(
+            operation=operation.id,
+            term=then.term,
+            rank_type=RankType.KEEP if stays else RankType.SHUTDOWN,
+            membership=then,
+            before=tuple(member.engine.rank for member in self.before.members),
+            expert_plan=self._expert_plan,
+            handover=self._handover,
+        )
+        if self._handover is not None:  # all meet in it, so it begins when all can
+            if self._drained is None:
+                self._drained = asyncio.gather(*map(self._drain, operation.goal.leaving))
+            await asyncio.shield(self._drained)
+        elif not stays:
+            await self._drain(engine)
+        record = self._record(engine)
+        self._asked.add(engine)
+        limit_s = 2 * self._timeouts.group_s + self._timeouts.control_s
+        if self._expert_plan is not None:
+            limit_s += self._timeouts.engine_start_s  # experts move in it
+        await remote_call(record.handle.reconfigure.remote(request), limit_s=limit_s, what=f"{engine}: prepare", engine=engine)
+
+    async def undo(self, operation: Operation) -> None:
+        """Have everyone who was asked let go of it; who does not answer is said in the log."""
+        for task in (self._then, self._drained):
+            if task is not None and not task.done():
+                task.cancel()
+
+        async def undo(engine: EngineId) -> None:
+            record = self._records(engine)
+            if record is not None:
+                call: Any = record.handle.undo_reconfiguration.remote(operation.id, self.before.term)
+                await remote_call(call, limit_s=_UNDO_S, what=f"{engine}: undo", engine=engine)
+
+        for outcome in await asyncio.gather(*map(undo, sorted(self._asked, key=lambda e: e.rank)), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                logger.warning("pool %s: operation %s: %s", self._pool, operation.id, outcome)
+
+    async def keep(self, operation: Operation) -> dict[EngineId, RaycoreError]:
+        """Give the decision to every participant; who did not take it, and why."""
+        then = self.then
+        failed: dict[EngineId, RaycoreError] = {}
+
+        async def keep(engine: EngineId) -> None:
+            try:
+                call: Any = self._record(engine).handle.keep_decision.remote(operation.id, then.term, then)
+                await remote_call(call, limit_s=self._timeouts.control_s, what=f"{engine}: decision", engine=engine)
+            except RaycoreError as error:
+                failed[engine] = error
+
+        await asyncio.gather(*map(keep, (*operation.participants, *operation.goal.leaving)))
+        return failed
+
+    async def confirmed(self, engine: EngineId, stamp: GroupStamp) -> None:
+        """Wait until this member has made a round in the new groups. LockstepError when they were overtaken."""
+        record = self._records(engine)
+        if record is None:
+            return
+        call: Any = record.handle.group_formed.remote(stamp)
+        await remote_call(call, limit_s=self._timeouts.control_s, what=f"{engine}: confirmation", engine=engine)
+
+    async def release(self) -> None:
+        """Every member has confirmed: have all of them let go of the groups before."""
+        self.is_released = True
+
+        async def release(engine: EngineId) -> None:
+            record = self._records(engine)
+            if record is not None:
+                call: Any = record.handle.release_groups.remote(self.stamp)
+                await remote_call(call, limit_s=self._timeouts.control_s, what=f"{engine}: release", engine=engine)
+
+        members = [member.engine for member in self.then.members]
+        for outcome in await asyncio.gather(*map(release, members), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                logger.warning("pool %s: %s", self._pool, outcome)
+
+    def committed(self, now: Membership, joined: Sequence[EngineId]) -> Membership:
+        """What is decided: the membership that was prepared, or where somebody was lost meanwhile, the others in groups of their own."""
+        there = {*joined, *(member.engine for member in now.members)}
+        members = tuple(member for member in self.then.members if member.engine in there)
+        if members == self.then.members and now.epoch < self.then.epoch:
+            return msgspec.structs.replace(self.then, departed=now.departed)
+        return msgspec.structs.replace(now, epoch=Epoch(now.epoch + 1), members=members, joining=(), group=None)
+
+    def way_back(self, membership: Membership) -> GroupAddress | None:
+        """The kept groups, where a membership is the old members again and nobody has let go of them."""
+        old = self.before.group
+        same = [member.engine for member in membership.members] == [member.engine for member in self.before.members]
+        if not self.is_told or self.is_released or old is None or not same:
+            return None
+        return msgspec.structs.replace(old, stamp=GroupStamp(membership.epoch, membership.term), goes_back=True)
+
+    def _record(self, engine: EngineId) -> EngineRecord:
+        record = self._records(engine)
+        if record is None:
+            message = f"{engine} is gone"
+            raise PoolError(message)
+        return record
+
+    async def _plan(self, operation: Operation) -> Membership:
+        """The membership after the operation, with the ports of its groups."""
+        then = self.before
+        for engine in operation.goal.leaving:
+            then = without_engine(then, engine)
+        joiners = [self._record(engine).member for engine in operation.joined]
+        then = msgspec.structs.replace(
+            with_members(then, [member for member in joiners if member is not None]), epoch=self.epoch, joining=(), group=None
+        )
+        if self.before.is_expert_parallel:
+            self._expert_plan = await self._plan_experts(then)
+            if operation.goal.leaving:
+                leavers = [member for member in self.before.members if not then.has(member.engine)]
+                self._handover = await self._groups.handover(then, leavers, self._records, limit_s=self._timeouts.control_s)
+        return msgspec.structs.replace(then, group=await self._groups.ports(then, self._records, limit_s=self._timeouts.control_s))
+
+    async def _plan_experts(self, then: Membership) -> ExpertChange:
+        """Who shall have which experts, by what the members counted."""
+
+        async def ask(engine: EngineId) -> ExpertReport:
+            call: Any = self._record(engine).handle.expert_report.remote()
+            return await remote_call(call, limit_s=self._timeouts.control_s, what=f"{engine}: experts", engine=engine)
+
+        reports = await asyncio.gather(*(ask(member.engine) for member in self.before.members))
+        loads = {
+            layer: [float(sum(counts)) for counts in zip(*(report.load[layer] for report in reports), strict=True)]
+            for layer in reports[0].load
+        }
+        before, after = (tuple(member.engine.rank for member in membership.members) for membership in (self.before, then))
+        return plan_change(reports[0].placement, loads, before, after)
+
+    async def _drain(self, engine: EngineId) -> None:
+        """A leaver steps with the others until the switch and not after it, so it drains before; what is left moves at the switch."""
+        record = self._record(engine)
+        drain_s = self._timeouts.drain_s
+        limit_s = drain_s + self._timeouts.stop_s
+        await remote_call(record.handle.drain.remote(drain_s), limit_s=limit_s, what=f"{record.engine}: drain", engine=record.engine)

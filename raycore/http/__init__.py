@@ -1,0 +1,1 @@
+"""The HTTP front: an OpenAI-compatible ASGI application over one asynchronous client. It knows nothing of Ray."""
