@@ -119,7 +119,8 @@ class ControllerActor:
         return os.getpid()
 
     async def _known(self) -> None:
-        await asyncio.wait_for(self._is_known.wait(), self._setup.config.timeouts.engine_start_s)
+        async with asyncio.timeout(self._setup.config.timeouts.engine_start_s):
+            await self._is_known.wait()
 
     async def _expect_start(self) -> None:
         """A controller whose launcher died before it called `start` must not stay."""

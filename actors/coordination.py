@@ -70,7 +70,8 @@ class CoordinatorKeeper:
                 await asyncio.sleep(_AGAIN_S)
             else:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), _LOOK_S)
+                    async with asyncio.timeout(_LOOK_S):
+                        await self._news.wait()
                 self._news.clear()
 
     async def _look(self) -> None:

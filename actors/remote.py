@@ -30,7 +30,8 @@ _DEATHS = (
 async def remote_call(ref: Awaitable[Result], *, limit_s: float, what: str, engine: EngineId | None = None) -> Result:
     """A Ray call's result within `limit_s`; our errors are raised as they are, Ray's as DeadlineError, EngineDeadError or PoolError."""
     try:
-        return await asyncio.wait_for(ref, limit_s)
+        async with asyncio.timeout(limit_s):
+            return await ref
     except TimeoutError as error:
         if isinstance(error, RaycoreError):
             raise

@@ -160,7 +160,8 @@ class RequestDesk:
         ender: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._enders.append(ender)
         try:
-            await asyncio.wait_for(ender, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await ender
         except TimeoutError:
             return not self._records
         return True

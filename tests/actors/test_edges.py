@@ -52,6 +52,17 @@ async def test_a_call_that_takes_too_long_is_a_deadline_error() -> None:
         await remote_call(asyncio.get_running_loop().create_future(), limit_s=0.01, what="forever")
 
 
+async def test_a_cancellation_that_comes_with_the_answer_is_heard() -> None:
+    """Who cancels a loop that makes calls waits for its end, so a call must not swallow the cancellation."""
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    calling = asyncio.create_task(remote_call(answer, limit_s=5, what="ping"))
+    await asyncio.sleep(0)
+    answer.set_result(1)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+
 def test_an_unreachable_actor_is_no_dead_engine_without_an_engine() -> None:
     error = translate(ray.exceptions.ActorUnavailableError("gone?", None), what="status")
     assert type(error) is PoolError
