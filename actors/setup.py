@@ -89,7 +89,8 @@ class PoolSetup(msgspec.Struct, frozen=True, kw_only=True):
             data_parallel_size=config.data_parallel_size,
             is_joining=is_joining,
         )
-        return EngineSetup(spec=spec, access=self.access(Membership(pool=config.pool)), group_id=group_id, environment=self.environment)
+        environment = {**self.environment, **_apart(config, incarnation)}
+        return EngineSetup(spec=spec, access=self.access(Membership(pool=config.pool)), group_id=group_id, environment=environment)
 
 
 class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +112,12 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     def engine(self) -> EngineId:
         """Identity of the engine core."""
         return EngineId(Rank(self.spec.rank), Incarnation(self.spec.incarnation))
+
+
+def _apart(config: PoolConfig, incarnation: Incarnation) -> dict[str, str]:
+    """Ranks that share a GPU: NCCL refuses two of one device unless it takes them for two hosts', which then talk through sockets."""
+    is_shared = config.device == "cuda" and rank_demand(config).bundles[0].get("GPU", 0.0) < 1.0
+    return {"NCCL_HOSTID": incarnation} if is_shared else {}
 
 
 def rank_demand(config: PoolConfig) -> RankDemand:

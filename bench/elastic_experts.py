@@ -1,6 +1,6 @@
 """Resizes of an expert-parallel pool on Ray under load: the same answers, nothing lost, the pause at the switch, the copies to joiners.
 
-One rank a device. The pool goes through the sizes again and again while streams run without a break. Proved at each size: the log
+One rank a device, unless `--ranks-per-gpu` says otherwise. The pool goes through the sizes again and again while streams run without a break. Proved at each size: the log
 probabilities of fixed prompts' own tokens (teacher-forced) lie within `--tolerance` of those of the pool as it was launched; in float32 the
 greedy text of the load is the same too (`--exact`). Every stream must bring as many tokens as it was asked for, whatever joined or left.
 The pause at the commit is the longest gap between two tokens of a stream, beside the median gap of the same size.
@@ -135,6 +135,7 @@ async def measure(options: argparse.Namespace, model: str) -> tuple[list[Row], b
         max_data_parallel_size=max(options.sizes),
         engine_options=engine_options,
         num_cpus_per_engine=1 if options.device == "cuda" else 0.5,
+        resources_per_engine={"GPU": 1 / options.ranks_per_gpu} if options.device == "cuda" else {},
     ) as client:
         reference = await forced(client, prompts[:FORCED])
         load = Streams(client, prompts, options.new)
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[1, 2, 1], help="the size at launch, and those that follow, again and again"
     )
+    parser.add_argument("--ranks-per-gpu", type=int, default=1, help="more than 1: they take turns, so times say nothing")
     parser.add_argument("--resizes", type=int, default=4)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64)
@@ -206,7 +208,8 @@ def main() -> None:
         parser.error("--sizes: at least two")
     with model_of(options) as (target, parameters):
         rows, is_right = asyncio.run(measure(options, str(target)))
-    title = f"Elastic expert parallelism: {parameters / 1e9:.2f} B parameters, {options.dtype}, {options.device}, sizes {options.sizes}"
+    device = options.device + (f" ({options.ranks_per_gpu} ranks a GPU)" if options.ranks_per_gpu > 1 else "")
+    title = f"Elastic expert parallelism: {parameters / 1e9:.2f} B parameters, {options.dtype}, {device}, sizes {options.sizes}"
     publish(title, rows, options.json)
     raise SystemExit(0 if is_right else 1)
 

@@ -111,6 +111,16 @@ def test_custom_resources_become_actor_options() -> None:
     assert actor_resources(demand) == {"num_cpus": 1.0, "num_gpus": 0, "memory": 1e9, "resources": {"slot": 2.0}}
 
 
+def test_ranks_that_share_a_gpu_are_hosts_of_their_own_to_nccl() -> None:
+    def environment(**changes: object) -> dict[str, str]:
+        setup = PoolSetup(config=parse_config(changes), keys=PoolKeys.make(), environment={"HF_HOME": "there"})
+        return setup.engine(Rank(0), Incarnation("0a1b"), "group").environment
+
+    assert environment(device="cuda", resources_per_engine={"GPU": 0.5}) == {"HF_HOME": "there", "NCCL_HOSTID": "0a1b"}
+    assert environment(device="cuda") == {"HF_HOME": "there"}
+    assert environment(device="cpu") == {"HF_HOME": "there"}
+
+
 def test_secrets_are_in_no_text() -> None:
     keys = PoolKeys.make()
     setup = PoolSetup(config=parse_config({"pool": "quiet"}), keys=keys, environment={"HF_TOKEN": "hidden"})
