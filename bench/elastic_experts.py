@@ -1,9 +1,10 @@
 """Resizes of an expert-parallel pool on Ray under load: the same answers, nothing lost, the pause at the switch, the copies to joiners.
 
-One rank a device, unless `--ranks-per-gpu` says otherwise. The pool goes through the sizes again and again while streams run without a break. Proved at each size: the log
-probabilities of fixed prompts' own tokens (teacher-forced) lie within `--tolerance` of those of the pool as it was launched; in float32 the
-greedy text of the load is the same too (`--exact`). Every stream must bring as many tokens as it was asked for, whatever joined or left.
-The pause at the commit is the longest gap between two tokens of a stream, beside the median gap of the same size.
+One rank a device, unless `--ranks-per-gpu` says otherwise. The pool goes through the sizes again and again while streams run without a
+break. Proved at each size: the log probabilities of fixed prompts' own tokens (teacher-forced) lie within `--tolerance` of those of the
+pool as it was launched; in float32 the greedy text of the load is the same too (`--exact`). Every stream must bring as many tokens as it
+was asked for, whatever joined or left. The pause at the commit is the longest gap between two tokens of a stream, beside the median gap of
+the same size.
 
     python -m bench.elastic_experts --sizes 1 2 1 --resizes 4                                         (CPU, tiny model)
     python -m bench.elastic_experts --size 8b --dtype bfloat16 --device cuda --sizes 1 2 1 --resizes 50 --json FILE
