@@ -67,6 +67,11 @@ def import_engine(name: str, device: str = "cpu") -> None:
         _import_module(name)
 
 
+def has_own_options(options: Mapping[str, Any], rank: int) -> bool:
+    """Whether an engine of this rank is another one than was made before its rank was known."""
+    return _options_of_rank(options, rank) != _options_of_rank(options, None)
+
+
 def _options_of_rank(options: Mapping[str, Any], rank: int | None) -> dict[str, Any]:
     own = dict(options)
     given: object = own.pop("per_rank", None) or {}
