@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,27 +14,16 @@ from actors.launch import connect
 from actors.naming import Role, named_actors
 from actors.pool_end import clean_up
 from actors.processes import is_gone
-from raycore.client.client import EngineCoreClient
-from raycore.engines.torch.upcycle import upcycle
 from raycore.errors import ExpertsLostError
 from raycore.sampling import SamplingParams
-from tests.actors.pools import LIMIT_S, PoolMaker, ask_controller, eventually
+from tests.actors.mixture import Mixture
+from tests.actors.pools import LIMIT_S, PoolMaker, eventually, warm
 from tests.support.engine_process import expected
-from tests.torch_engine.tiny import GREEDY, driver_of, prompts, save_llama
+from tests.torch_engine.tiny import save_llama
 
 pytestmark = pytest.mark.ray
 
 SIX = SamplingParams(max_tokens=6)
-
-
-async def warm(pool: str, count: int) -> list[dict[str, Any]]:
-    """The pool's standbys once there are so many."""
-
-    async def check() -> list[dict[str, Any]]:
-        rows = [row for row in (await ask_controller(pool, "status"))["standbys"] if row["state"] == "warm"]
-        return rows if len(rows) == count else []
-
-    return await eventually(check, f"{count} standbys of {pool} are warm")
 
 
 async def counted(pool: str) -> tuple[int, int]:
@@ -121,47 +109,6 @@ async def test_a_standby_with_weights_serves_as_the_rank_that_it_becomes(pools: 
         await client.call("save_sharded_state", rank=1, path=str(tmp_path / "saved-{rank}"))
         assert (tmp_path / "saved-1").is_dir()
         (tmp_path / "away").rename(model)
-
-
-class Mixture:
-    """Ranks that share the experts of a tiny mixture, whose text is the dense model's; its checkpoint is gone once the ranks have it."""
-
-    def __init__(self, pools: PoolMaker, folder: Path, pool: str) -> None:
-        self._pools, self._folder, self._pool = pools, folder, pool
-        dense = save_llama(folder / "dense")
-        upcycle(str(dense), str(folder / "moe"))
-        plain = driver_of(dense)
-        self.prompts = prompts(4)
-        self.texts = [plain.one(prompt, GREEDY).tokens for prompt in self.prompts]
-
-    async def open(self, **changes: Any) -> None:
-        await self._pools.open(
-            self._pool,
-            engine="torch",
-            model=str(self._folder / "moe"),
-            engine_options={"kv_tokens": 1024, "threads": 1},
-            num_cpus_per_engine=0.5,
-            timeouts={"drain_s": 0.2},
-            health={"hang_after_s": 10.0, "first_beat_s": 60.0},
-            **changes,
-        )
-        (self._folder / "moe").rename(self._folder / "elsewhere")
-
-    async def check(self, client: EngineCoreClient) -> None:
-        """Every rank says what the dense model says, and all experts are there."""
-        ranks = client.ranks()
-        asked = [(rank, n) for rank in ranks for n in range(len(self.prompts))]
-        streams = [client.generate(self.prompts[n], GREEDY, data_parallel_rank=rank).collect() for rank, n in asked]
-        assert [output.token_ids for output in await asyncio.gather(*streams)] == [self.texts[n] for _, n in asked]
-        sums = await client.call_all("compute_weight_checksums")
-        held = [{name.split(".experts.")[1][0] for name in sums[rank] if ".experts." in name} for rank in ranks]
-        assert all(held)
-        assert set().union(*held) == {"0", "1", "2", "3"}
-
-    async def is_gone(self) -> bool:
-        """But for the sentinel, which is the driver's."""
-        left = {name.role for name in await asyncio.to_thread(named_actors, self._pool)}
-        return left <= {Role.SENTINEL} and not await asyncio.to_thread(pool_groups, self._pool)
 
 
 @pytest.mark.timeout(240)
