@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,7 +133,8 @@ async def measure(options: argparse.Namespace, model: str) -> tuple[list[Row], b
     if options.standby:
         load, found = await _run(options, model, standby=0, resizes=len(options.sizes) - 1)
         cold, is_cold_right = found.grown_s, _is_right(options, load, found)
-    load, found = await _run(options, model, standby=options.standby, resizes=options.resizes)
+    until_s = time.monotonic() + options.seconds if options.seconds else math.inf
+    load, found = await _run(options, model, standby=options.standby, resizes=options.resizes, until_s=until_s)
     return _rows(options, load, found, cold), is_cold_right and _is_right(options, load, found)
 
 
@@ -141,7 +143,9 @@ def _is_right(options: argparse.Namespace, load: Streams, found: Findings) -> bo
     return is_right and not (options.exact and load.different)
 
 
-async def _run(options: argparse.Namespace, model: str, *, standby: int, resizes: int) -> tuple[Streams, Findings]:
+async def _run(
+    options: argparse.Namespace, model: str, *, standby: int, resizes: int, until_s: float = math.inf
+) -> tuple[Streams, Findings]:
     """One pool from its launch to its end."""
     random = np.random.default_rng(0)
     prompts = [random.integers(10, VOCABULARY, options.prompt).astype(np.uint32) for _ in range(max(options.streams, FORCED))]
@@ -168,12 +172,15 @@ async def _run(options: argparse.Namespace, model: str, *, standby: int, resizes
         reference = await forced(client, prompts[:FORCED])
         load = Streams(client, prompts, options.new)
         tasks = [asyncio.create_task(load.run(number)) for number in range(options.streams)]
-        for target in itertools.islice(sizes, resizes):
+        for number, target in enumerate(itertools.islice(sizes, resizes), 1):
+            if time.monotonic() > until_s:
+                break
             await until_warm(POOL, LIMIT_S)
             await asyncio.sleep(SERVED_S)
             await asyncio.wait_for(resize(client, load, target, found), LIMIT_S)
             now = await forced(client, prompts[:FORCED])
             found.largest_gap = max(found.largest_gap, *(abs(a - b) for a, b in zip(reference, now, strict=True)))
+            print(f"resize {number} of {resizes}: {target} ranks; {load.answers} answers, gap {found.largest_gap:.3g} nats", flush=True)
         load.is_over = True
         await asyncio.wait_for(asyncio.gather(*tasks), LIMIT_S)
     return load, found
@@ -183,7 +190,7 @@ def _rows(options: argparse.Namespace, load: Streams, found: Findings, cold: Map
     """`cold`: what growing took without standbys, by resize."""
     tolerance = options.tolerance
     rows = [
-        Row("resizes under load", options.resizes, ""),
+        Row("resizes under load", len(found.pauses_ms), ""),
         Row("answers", load.answers, ""),
         Row("answers with a token too few or too many", load.short, "", aim="0", is_met=not load.short),
         Row(
@@ -230,6 +237,7 @@ def main() -> None:
     )
     parser.add_argument("--ranks-per-gpu", type=int, default=1, help="more than 1: they take turns, so times say nothing")
     parser.add_argument("--resizes", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=0.0, help="begin no further resize after so many seconds; 0: no limit")
     parser.add_argument("--standby", type=int, default=0, help="warm standbys, which resizes that grow promote; each takes a device")
     parser.add_argument("--warm", choices=("process", "weights"), default="process", help="how warm: weights holds all but experts too")
     parser.add_argument("--streams", type=int, default=8)
