@@ -6,7 +6,7 @@ pool as it was launched; in float32 the greedy text of the load is the same too 
 was asked for, whatever joined or left. The pause at the commit is the longest gap between two tokens of a stream, beside the median gap of
 the same size.
 
-With `--standby K` the pool keeps K warm standbys, which are all there again before each resize. Its resizes that grow are then shown
+With `--standby K` the pool keeps K warm standbys, which are all there again before each resize that grows. Such resizes are then shown
 beside those of a pool without, which goes through the sizes once before it: from the call until all members have confirmed.
 
     python -m bench.elastic_experts --sizes 1 2 1 --resizes 4                                         (CPU, tiny model)
@@ -175,7 +175,8 @@ async def _run(
         for number, target in enumerate(itertools.islice(sizes, resizes), 1):
             if time.monotonic() > until_s:
                 break
-            await until_warm(POOL, LIMIT_S)
+            if target > len(client.ranks()):
+                await until_warm(POOL, LIMIT_S)
             await asyncio.sleep(SERVED_S)
             await asyncio.wait_for(resize(client, load, target, found), LIMIT_S)
             now = await forced(client, prompts[:FORCED])
