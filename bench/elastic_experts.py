@@ -6,11 +6,11 @@ pool as it was launched; in float32 the greedy text of the load is the same too 
 was asked for, whatever joined or left. The pause at the commit is the longest gap between two tokens of a stream, beside the median gap of
 the same size.
 
-With `--standby K` the pool keeps K warm standbys, which are all there again before each resize that grows. Such resizes are then shown
-beside those of a pool without, which goes through the sizes once before it: from the call until all members have confirmed.
+With `--standby K` the pool keeps K warm standbys, as many as join are there before each resize that grows. With `--compare` such resizes
+are shown beside those of a pool without, which goes through the sizes once before it: from the call until all members have confirmed.
 
     python -m bench.elastic_experts --sizes 1 2 1 --resizes 4                                         (CPU, tiny model)
-    python -m bench.elastic_experts --sizes 1 2 1 --resizes 4 --standby 1 --warm weights
+    python -m bench.elastic_experts --sizes 1 2 1 --resizes 4 --standby 1 --warm weights --compare
     python -m bench.elastic_experts --size 8b --dtype bfloat16 --device cuda --sizes 1 2 1 --resizes 50 --json FILE
     python -m bench.elastic_experts --size 8b --dtype bfloat16 --device cuda --sizes 2 4 2 --resizes 50 --json FILE
 """
@@ -130,7 +130,7 @@ def _commit(report: ScalingReport, end_s: float) -> tuple[float, float]:
 async def measure(options: argparse.Namespace, model: str) -> tuple[list[Row], bool]:
     """The whole run; its rows, and whether everything that must hold held."""
     cold, is_cold_right = {}, True
-    if options.standby:
+    if options.compare:
         load, found = await _run(options, model, standby=0, resizes=len(options.sizes) - 1)
         cold, is_cold_right = found.grown_s, _is_right(options, load, found)
     until_s = time.monotonic() + options.seconds if options.seconds else math.inf
@@ -175,8 +175,9 @@ async def _run(
         for number, target in enumerate(itertools.islice(sizes, resizes), 1):
             if time.monotonic() > until_s:
                 break
-            if target > len(client.ranks()):
-                await until_warm(POOL, LIMIT_S)
+            joiners = target - len(client.ranks())
+            if joiners > 0:
+                await until_warm(POOL, LIMIT_S, count=joiners)
             await asyncio.sleep(SERVED_S)
             await asyncio.wait_for(resize(client, load, target, found), LIMIT_S)
             now = await forced(client, prompts[:FORCED])
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--resizes", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=0.0, help="begin no further resize after so many seconds; 0: no limit")
     parser.add_argument("--standby", type=int, default=0, help="warm standbys, which resizes that grow promote; each takes a device")
+    parser.add_argument("--compare", action="store_true", help="with --standby: go through the sizes without them first")
     parser.add_argument("--warm", choices=("process", "weights"), default="process", help="how warm: weights holds all but experts too")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64)

@@ -26,14 +26,15 @@ PROMOTION_AIM_S = 0.1
 LIMIT_S = 60.0
 
 
-async def until_warm(pool: str, limit_s: float) -> None:
-    """Until no operation runs and the pool has all its standbys. TimeoutError."""
+async def until_warm(pool: str, limit_s: float, *, count: int | None = None) -> None:
+    """Until no operation runs and the pool has so many standbys, or all that it shall have. TimeoutError."""
     controller = await find_actor(controller_name(pool))
     until_s = time.monotonic() + limit_s
     while time.monotonic() < until_s:
         status = await remote_call(controller.status.remote(), limit_s=limit_s, what="status")
         is_idle = all(operation["phase"] in {"done", "undone"} for operation in status["operations"])
-        if is_idle and all(row["state"] == "warm" for row in status["standbys"]):
+        states = [row["state"] == "warm" for row in status["standbys"]]
+        if is_idle and sum(states) >= (len(states) if count is None else min(count, len(states))):
             return
         await asyncio.sleep(0.05)
     raise TimeoutError(f"not all standbys are there after {limit_s:g} s")
