@@ -17,6 +17,7 @@ from actors.setup import EngineSetup
 from actors.weights import Giver, RayPeer
 from raycore.client.control import PoolAccess
 from raycore.config import log_level
+from raycore.engine import EngineInfo
 from raycore.engines.expert_change import ExpertReport
 from raycore.errors import EngineStartError
 from raycore.groups import GroupKind
@@ -88,9 +89,10 @@ class EngineActor:
         return member
 
     @ray.method(concurrency_group="control")
-    async def warm(self, givers: Sequence[Giver] = ()) -> int:
-        """Have everything up that needs no rank, for a standby; the process's pid. Raises what the engine raises."""
-        await asyncio.wrap_future(_in_thread("raycore-warm", lambda: self._warm_host(givers)))
+    async def warm(self, givers: Sequence[Giver] = (), members: EngineInfo | None = None) -> int:
+        """Have everything up that needs no rank, for a standby; the process's pid. `members`: their engines. Raises what the engine
+        raises."""
+        await asyncio.wrap_future(_in_thread("raycore-warm", lambda: self._warm_host(givers, members)))
         return os.getpid()
 
     @ray.method(concurrency_group="control")
@@ -259,10 +261,10 @@ class EngineActor:
 
         return EngineHost(self._setup.spec, node_ip=ray.util.get_node_ip_address())
 
-    def _warm_host(self, givers: Sequence[Giver]) -> None:
+    def _warm_host(self, givers: Sequence[Giver], members: EngineInfo | None) -> None:
         log_everything_as(self._setup.spec.pool, f"standby {self._setup.spec.incarnation}", log_level())
         host = self._starting = self._new_host()
-        host.warm([RayPeer(giver) for giver in givers])
+        host.warm([RayPeer(giver) for giver in givers], members)
         self._warm = host
 
     def _start_host(self, givers: Sequence[Giver]) -> Member:

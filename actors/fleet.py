@@ -100,16 +100,16 @@ class Fleet:
         return EngineRecord(engine, engine_name(self._pool, engine))
 
     async def start_standby(self, node_id: str, members: Sequence[EngineRecord] = ()) -> EngineRecord:
-        """A warm engine core without a rank; undone when a step of it fails or is cancelled. `members`: who serves."""
+        """A warm engine core without a rank; undone when a step of it fails or is cancelled. `members`: whom it may join."""
         incarnation = Incarnation(secrets.token_hex(4))
         record = EngineRecord(EngineId(Rank(0), incarnation), standby_name(self._pool, incarnation), is_standby=True)
         try:
             await self.reserve(record, node_id)
-            record.handle = self._actor(record)
+            record.handle = self._actor(record, is_joining=True)
             limit_s = self._timeouts.engine_start_s
-            record.pid = await remote_call(
-                record.handle.warm.remote(_givers(members)), limit_s=limit_s, what=f"standby {incarnation}", engine=record.engine
-            )
+            info = next((member.member.info for member in members if member.member is not None), None)
+            warming = record.handle.warm.remote(_givers(members), info)
+            record.pid = await remote_call(warming, limit_s=limit_s, what=f"standby {incarnation}", engine=record.engine)
         except BaseException:
             await asyncio.shield(self.dispose(record))
             raise

@@ -28,7 +28,7 @@ from actors.remote import death_cause, remote_call
 from actors.roster import adopt, first_membership, newest, renewed, without
 from actors.scaling import PoolScaler
 from actors.setup import PoolSetup
-from actors.standby import StandbyKeeper, check_standbys
+from actors.standby import StandbyKeeper
 from actors.switching import GroupSwitch
 from elastic.policies import Observation, observation
 from raycore.errors import PoolError, RaycoreError
@@ -60,7 +60,7 @@ class PoolController:
         self._health = HealthWatch(config.health, (setup.keys.client_public, setup.keys.client_secret), self._on_suspect)
         self._on_end = on_end
         self._observer = observer or NobodyWatches()
-        self._standbys = StandbyKeeper(self._pool, config.standby, self._fleet, self._capacity.present_nodes, self._serving)
+        self._standbys = StandbyKeeper(self._pool, config.standby, self._fleet, self._capacity.present_nodes, self._member_records)
         self.scaler = PoolScaler(self._pool, self, self._fleet, self._timeouts, self._standbys, self._observer)
         self.autoscaler = Autoscaler(self._observe, self.scaler.scale)
         self._coordinator = CoordinatorKeeper(setup)
@@ -114,7 +114,6 @@ class PoolController:
         try:
             membership = first_membership(self._pool, [record.member for record in records if record.member is not None])
             check_alike(membership)
-            check_standbys(self._setup.config.standby, membership)
             by_engine = {record.engine: record for record in records}
             membership = await self._groups.with_group(membership, by_engine.get, limit_s=self._timeouts.control_s)
             await self._tell(records, membership, limit_s=self._timeouts.control_s, must_answer=True)
@@ -179,6 +178,11 @@ class PoolController:
 
     def _serving(self) -> list[EngineRecord]:
         return [record for record in self._records.values() if self._membership.serves(record.engine)]
+
+    def _member_records(self) -> list[EngineRecord]:
+        """Lowest rank first; those that leave are among them, who have what a standby wants, and may be all."""
+        records = (self._records.get(member.engine) for member in self._membership.members)
+        return [record for record in records if record is not None]
 
     def _take_in(self, record: EngineRecord) -> None:
         self._records[record.engine] = record
@@ -305,18 +309,22 @@ class PoolController:
             self._going[engine] = record
             logger.error("%s of pool %s is lost: %s", engine, self._pool, cause)
             is_missed = self._membership.serves(engine)
+            is_expert_parallel = self._membership.is_expert_parallel
             await self._decide(without(self._membership, [Departure(engine, cause)]))
+            is_over = is_expert_parallel and not self._membership.members
+            if is_over:
+                self._standbys.hold()
             self._health.forget(engine)
             self.scaler.on_lost(engine, cause)
             await self._tell(list(self._records.values()), self._membership, limit_s=_FENCE_PUSH_S)
         watch = self._watches.pop(engine, None)
         if watch is not None:
             watch.cancel()
-        if is_missed and self._setup.config.standby:
+        if is_missed and self._setup.config.standby and not is_over:
             self._spawn(self.scaler.replace(engine.rank))
         await self._fleet.dispose(record)
         del self._going[engine]
-        if self._membership.lost_with_another():
+        if is_over:
             logger.error("pool %s ends: its experts were spread over the ranks, and those of rank %d are lost", self._pool, engine.rank)
             self._spawn(self.shut_down(0))
 

@@ -167,7 +167,8 @@ class PoolScaler:
             logger.warning("pool %s: rank %d was replaced in %.3g s", self._pool, rank, sum(report.phases_s.values()))
 
     async def evacuate(self, engines: Sequence[EngineId]) -> None:
-        """Have other ranks serve for these, whose nodes go; without room for others the pool shrinks, down to one rank."""
+        """Have other ranks serve for these, whose nodes go; without room for others, as many as there are standbys: the pool shrinks, down
+        to one rank."""
         while self._operation is not None and self._ended is not None:
             await asyncio.wait([self._ended])
         members = self._members()
@@ -182,9 +183,10 @@ class PoolScaler:
             try:
                 await self._begin(self._goal(stay, joining, leaving), is_replacement=True)
             except CapacityError:
-                if not stay:
+                warm = joining[: self._standbys.warm]  # these need no room
+                if not stay and not warm:
                     raise
-                await self._begin(self._goal(stay, leaving=leaving), is_replacement=True)
+                await self._begin(self._goal(stay, warm, leaving), is_replacement=True)
         except RaycoreError as error:
             logger.warning("pool %s: %d ranks whose nodes go could not be moved: %s", self._pool, len(leaving), error)
 
@@ -373,7 +375,11 @@ class PoolScaler:
         standbys = self._standbys.take(operation.goal.joining)
         self._joiners.update(standbys)
         ranks = [rank for rank in operation.goal.joining if rank not in standbys]
-        nodes = await self._topology.planned_nodes(len(ranks)) if ranks else ()
+        try:
+            nodes = await self._topology.planned_nodes(len(ranks)) if ranks else ()
+        except BaseException:
+            self._standbys.take_back([self._joiners.pop(rank) for rank in standbys])
+            raise
         for rank in standbys:
             self._answer(operation, Phase.RESERVE, rank)
 

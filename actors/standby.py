@@ -12,21 +12,13 @@ import ray.exceptions
 
 from actors.fleet import EngineRecord, Fleet
 from actors.remote import death_cause
-from raycore.errors import CapacityError, ConfigurationError, RaycoreError
+from raycore.errors import CapacityError, RaycoreError
 from raycore.ids import EngineId, Rank
-from raycore.membership import Membership
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 5.0
 """After a standby could not be made: the cluster was full, or the engine does not start."""
-
-
-def check_standbys(count: int, membership: Membership) -> None:
-    """ConfigurationError for a pool that cannot have any."""
-    if count and membership.is_expert_parallel:
-        message = "an expert-parallel pool takes no standbys yet: a rank that joins would have to be given experts"
-        raise ConfigurationError(message)
 
 
 class StandbyKeeper:
@@ -38,10 +30,10 @@ class StandbyKeeper:
         count: int,
         fleet: Fleet,
         planned_nodes: Callable[[int], Awaitable[Sequence[str]]],
-        serving: Callable[[], Sequence[EngineRecord]],
+        members: Callable[[], Sequence[EngineRecord]],
     ) -> None:
-        """`serving`: who gives a new standby its weights, where it is to have them."""
-        self._serving = serving
+        """`members`: who gives a new standby its weights, where it is to have them."""
+        self._members = members
         self._pool = pool
         self._count = count
         self._fleet = fleet
@@ -71,6 +63,17 @@ class StandbyKeeper:
             taken[rank] = record
         self._wanted.set()
         return taken
+
+    def take_back(self, records: Sequence[EngineRecord]) -> None:
+        """What was taken and not started is a standby again."""
+        for record in records:
+            record.engine = EngineId(Rank(0), record.engine.incarnation)
+            self._keep_warm(record)
+
+    @property
+    def warm(self) -> int:
+        """How many there are now."""
+        return len(self._ready)
 
     def leave(self, node_ids: set[str]) -> None:
         """Have none on these nodes, which Ray takes away."""
@@ -112,7 +115,9 @@ class StandbyKeeper:
                 continue
             try:
                 (node_id,) = await self._planned_nodes(1)
-                record = await self._fleet.start_standby(node_id, self._serving())
+                if not self._may_make.is_set():  # what has become free is for the operation that has begun
+                    continue
+                record = await self._fleet.start_standby(node_id, self._members())
             except (RaycoreError, ray.exceptions.RayError) as error:
                 problem = f"{error}"
                 log = logger.info if isinstance(error, CapacityError) or problem == self._problem else logger.error
@@ -121,8 +126,11 @@ class StandbyKeeper:
                 await asyncio.sleep(_RETRY_S)
                 continue
             self._problem = ""
-            self._ready.append(record)
-            self._watches[record.name] = asyncio.create_task(self._watch(record))
+            self._keep_warm(record)
+
+    def _keep_warm(self, record: EngineRecord) -> None:
+        self._ready.append(record)
+        self._watches[record.name] = asyncio.create_task(self._watch(record))
 
     async def _watch(self, record: EngineRecord) -> None:
         """A standby that dies is put away, and another one is made."""

@@ -6,7 +6,11 @@ pool as it was launched; in float32 the greedy text of the load is the same too 
 was asked for, whatever joined or left. The pause at the commit is the longest gap between two tokens of a stream, beside the median gap of
 the same size.
 
+With `--standby K` the pool keeps K warm standbys, as many as join are there before each resize that grows. With `--compare` such resizes
+are shown beside those of a pool without, which goes through the sizes once before it: from the call until all members have confirmed.
+
     python -m bench.elastic_experts --sizes 1 2 1 --resizes 4                                         (CPU, tiny model)
+    python -m bench.elastic_experts --sizes 1 2 1 --resizes 4 --standby 1 --warm weights --compare
     python -m bench.elastic_experts --size 8b --dtype bfloat16 --device cuda --sizes 1 2 1 --resizes 50 --json FILE
     python -m bench.elastic_experts --size 8b --dtype bfloat16 --device cuda --sizes 2 4 2 --resizes 50 --json FILE
 """
@@ -16,8 +20,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +32,12 @@ import numpy as np
 from actors.launch import launch
 from bench.random_moe import VOCABULARY, add_model_arguments, model_of
 from bench.report import Row, median, publish
+from bench.standby import until_warm
 from raycore.client.client import EngineCoreClient
 from raycore.client.control import ScalingReport
 from raycore.sampling import SamplingParams
 
+POOL = "bench-elastic-experts"
 FORCED = 4
 """Prompts whose tokens' log probabilities are compared."""
 PAUSE_AIM_MS = 30.0
@@ -79,6 +86,8 @@ class Findings:
 
     phases_ms: dict[str, list[float]] = field(default_factory=dict)
     whole_s: dict[str, list[float]] = field(default_factory=dict)
+    grown_s: dict[str, list[float]] = field(default_factory=dict)
+    """Of resizes that grow: from the call until all members have confirmed."""
     pauses_ms: list[float] = field(default_factory=list)
     """At each commit, above the median gap of the size before."""
     largest_gap: float = 0.0
@@ -108,6 +117,8 @@ async def resize(client: EngineCoreClient, load: Streams, target: int, found: Fi
         found.phases_ms.setdefault(f"{name}: {phase}", []).append(took_s * 1e3)
     found.whole_s.setdefault(name, []).append(end_s - begin_s)
     decided_s, confirmed_s = _commit(report, end_s)
+    if target > before:
+        found.grown_s.setdefault(name, []).append(confirmed_s - begin_s)
     found.pauses_ms.append((max(load.gaps_s(decided_s, confirmed_s), default=0.0) - usual_s) * 1e3)
 
 
@@ -118,6 +129,24 @@ def _commit(report: ScalingReport, end_s: float) -> tuple[float, float]:
 
 async def measure(options: argparse.Namespace, model: str) -> tuple[list[Row], bool]:
     """The whole run; its rows, and whether everything that must hold held."""
+    cold, is_cold_right = {}, True
+    if options.compare:
+        load, found = await _run(options, model, standby=0, resizes=len(options.sizes) - 1)
+        cold, is_cold_right = found.grown_s, _is_right(options, load, found)
+    until_s = time.monotonic() + options.seconds if options.seconds else math.inf
+    load, found = await _run(options, model, standby=options.standby, resizes=options.resizes, until_s=until_s)
+    return _rows(options, load, found, cold), is_cold_right and _is_right(options, load, found)
+
+
+def _is_right(options: argparse.Namespace, load: Streams, found: Findings) -> bool:
+    is_right = not load.short and not found.weight_bytes_from_disk and found.largest_gap <= options.tolerance
+    return is_right and not (options.exact and load.different)
+
+
+async def _run(
+    options: argparse.Namespace, model: str, *, standby: int, resizes: int, until_s: float = math.inf
+) -> tuple[Streams, Findings]:
+    """One pool from its launch to its end."""
     random = np.random.default_rng(0)
     prompts = [random.integers(10, VOCABULARY, options.prompt).astype(np.uint32) for _ in range(max(options.streams, FORCED))]
     engine_options: dict[str, Any] = {
@@ -128,12 +157,14 @@ async def measure(options: argparse.Namespace, model: str) -> tuple[list[Row], b
     }
     found, sizes = Findings(), itertools.cycle([*options.sizes[1:]])
     async with launch(
-        pool="bench-elastic-experts",
+        pool=POOL,
         engine="torch",
         model=model,
         device=options.device,
         data_parallel_size=options.sizes[0],
-        max_data_parallel_size=max(options.sizes),
+        max_data_parallel_size=max(options.sizes) + standby,
+        standby=standby,
+        warm=options.warm,
         engine_options=engine_options,
         num_cpus_per_engine=1 if options.device == "cuda" else 0.5,
         resources_per_engine={"GPU": 1 / options.ranks_per_gpu} if options.device == "cuda" else {},
@@ -141,21 +172,27 @@ async def measure(options: argparse.Namespace, model: str) -> tuple[list[Row], b
         reference = await forced(client, prompts[:FORCED])
         load = Streams(client, prompts, options.new)
         tasks = [asyncio.create_task(load.run(number)) for number in range(options.streams)]
-        for target in itertools.islice(sizes, options.resizes):
+        for number, target in enumerate(itertools.islice(sizes, resizes), 1):
+            if time.monotonic() > until_s:
+                break
+            joiners = target - len(client.ranks())
+            if joiners > 0:
+                await until_warm(POOL, LIMIT_S, count=joiners)
             await asyncio.sleep(SERVED_S)
             await asyncio.wait_for(resize(client, load, target, found), LIMIT_S)
             now = await forced(client, prompts[:FORCED])
             found.largest_gap = max(found.largest_gap, *(abs(a - b) for a, b in zip(reference, now, strict=True)))
+            print(f"resize {number} of {resizes}: {target} ranks; {load.answers} answers, gap {found.largest_gap:.3g} nats", flush=True)
         load.is_over = True
         await asyncio.wait_for(asyncio.gather(*tasks), LIMIT_S)
-    is_right = not load.short and not found.weight_bytes_from_disk and found.largest_gap <= options.tolerance
-    return _rows(options, load, found), is_right and not (options.exact and load.different)
+    return load, found
 
 
-def _rows(options: argparse.Namespace, load: Streams, found: Findings) -> list[Row]:
+def _rows(options: argparse.Namespace, load: Streams, found: Findings, cold: Mapping[str, list[float]]) -> list[Row]:
+    """`cold`: what growing took without standbys, by resize."""
     tolerance = options.tolerance
     rows = [
-        Row("resizes under load", options.resizes, ""),
+        Row("resizes under load", len(found.pauses_ms), ""),
         Row("answers", load.answers, ""),
         Row("answers with a token too few or too many", load.short, "", aim="0", is_met=not load.short),
         Row(
@@ -177,6 +214,10 @@ def _rows(options: argparse.Namespace, load: Streams, found: Findings) -> list[R
         ),
         Row("pause at the commit above a usual gap, longest", max(found.pauses_ms), "ms"),
     ]
+    for name, values in found.grown_s.items():
+        floor = {"floor": median(cold[name]), "floor_name": "without a standby"} if name in cold else {}
+        with_standbys = f" with a standby ({options.warm})" if options.standby else ""
+        rows.append(Row(f"{name}{with_standbys}, until all members confirmed", median(values), "s", samples=values, **floor))
     rows += [_row(f"{name}, whole", values, "s") for name, values in found.whole_s.items()]
     return rows + [_row(name, values, "ms") for name, values in found.phases_ms.items()]
 
@@ -198,6 +239,10 @@ def main() -> None:
     )
     parser.add_argument("--ranks-per-gpu", type=int, default=1, help="more than 1: they take turns, so times say nothing")
     parser.add_argument("--resizes", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=0.0, help="begin no further resize after so many seconds; 0: no limit")
+    parser.add_argument("--standby", type=int, default=0, help="warm standbys, which resizes that grow promote; each takes a device")
+    parser.add_argument("--compare", action="store_true", help="with --standby: go through the sizes without them first")
+    parser.add_argument("--warm", choices=("process", "weights"), default="process", help="how warm: weights holds all but experts too")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
@@ -205,6 +250,8 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="the load's greedy text must not change (float32)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.standby and all(after <= before for before, after in itertools.pairwise(options.sizes)):
+        parser.error("--standby: no size is larger than the one before it")
     if len(options.sizes) < 2:
         parser.error("--sizes: at least two")
     with model_of(options) as (target, parameters):

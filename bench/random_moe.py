@@ -34,7 +34,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def model_of(options: argparse.Namespace) -> Iterator[tuple[Path, int]]:
     """Where the model is, and its parameters, 0 where they are not known; one that was written here is gone afterwards."""
     if options.model is not None:
-        yield options.model, 0
+        yield options.model, _parameters(options.model)
         return
     target = Path(tempfile.mkdtemp(prefix="raycore-experts-", dir=options.directory))
     try:
@@ -46,6 +46,11 @@ def model_of(options: argparse.Namespace) -> Iterator[tuple[Path, int]]:
         yield target, parameters
     finally:
         shutil.rmtree(target, ignore_errors=True)
+
+
+def _parameters(model: Path) -> int:
+    index = model / "model.safetensors.index.json"
+    return int(json.loads(index.read_text()).get("metadata", {}).get("total_parameters", 0)) if index.is_file() else 0
 
 
 def write_model(size: str, dtype_name: str, device: str, target: str) -> int:
@@ -112,5 +117,5 @@ def write_model(size: str, dtype_name: str, device: str, target: str) -> int:
             "model.norm.weight": torch.ones(hidden, dtype=dtype),
         },
     )
-    Path(target, "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    Path(target, "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_parameters": count}, "weight_map": index}))
     return count

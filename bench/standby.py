@@ -26,16 +26,18 @@ PROMOTION_AIM_S = 0.1
 LIMIT_S = 60.0
 
 
-async def _until_warm() -> None:
-    controller = await find_actor(controller_name(POOL))
-    until_s = time.monotonic() + LIMIT_S
+async def until_warm(pool: str, limit_s: float, *, count: int | None = None) -> None:
+    """Until no operation runs and the pool has so many standbys, or all that it shall have. TimeoutError."""
+    controller = await find_actor(controller_name(pool))
+    until_s = time.monotonic() + limit_s
     while time.monotonic() < until_s:
-        status = await remote_call(controller.status.remote(), limit_s=LIMIT_S, what="status")
+        status = await remote_call(controller.status.remote(), limit_s=limit_s, what="status")
         is_idle = all(operation["phase"] in {"done", "undone"} for operation in status["operations"])
-        if is_idle and all(row["state"] == "warm" for row in status["standbys"]):
+        states = [row["state"] == "warm" for row in status["standbys"]]
+        if is_idle and sum(states) >= (len(states) if count is None else min(count, len(states))):
             return
         await asyncio.sleep(0.05)
-    raise TimeoutError(f"no standby after {LIMIT_S:g} s")
+    raise TimeoutError(f"not all standbys are there after {limit_s:g} s")
 
 
 async def _serve_from(client: EngineCoreClient, rank: int) -> None:
@@ -70,13 +72,13 @@ async def measure(repeat: int) -> list[Row]:
     options = {"pool": POOL, "engine": "echo", "data_parallel_size": 1, "timeouts": {"drain_s": 0.0}}
     async with launch(**options, standby=1) as client:
         for _ in range(repeat):
-            await _until_warm()
+            await until_warm(POOL, LIMIT_S)
             promotion_s, whole_s = await _scale_up(client)
             promotions.append(promotion_s)
             warm.append(whole_s)
-            await _until_warm()
+            await until_warm(POOL, LIMIT_S)
             recoveries.append(await _recover(client))
-            await _until_warm()
+            await until_warm(POOL, LIMIT_S)
             await client.scale_elastic_ep(1)
     async with launch(**options) as client:
         for _ in range(repeat):

@@ -148,9 +148,10 @@ class PoolConfig(pydantic.BaseModel):
     data_parallel_size: int = pydantic.Field(default=1, ge=1, le=1024)
     tensor_parallel_size: int = pydantic.Field(default=1, ge=1)
     standby: int = pydantic.Field(default=0, ge=0, le=64)
-    """Engine cores that are kept warm beside the ranks: scaling promotes them at once, and a rank that dies is replaced."""
+    """Engine cores that are kept warm beside the ranks: scaling promotes them at once, and a rank that dies is replaced where the others go
+    on without it."""
     warm: Literal["process", "weights"] = "process"
-    """How warm: the process with its imports and device, or with the model loaded too."""
+    """How warm: the process with its imports and device, or with the model loaded too, but for experts that are spread over the ranks."""
     max_data_parallel_size: int = pydantic.Field(default=8, ge=1)
     """Where raycore starts a local Ray itself, it gives it logical CPUs for this many engines."""
     device: Literal["cpu", "cuda"] = "cpu"

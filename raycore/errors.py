@@ -26,7 +26,7 @@ RaycoreError
 │   │   └── ExpertsLostError            likewise in an expert-parallel pool, which ended with it; rank: the one that was lost
 │   ├── EngineStartError          an engine could not start: rank and cause
 │   ├── LockstepError             ranks that step together lost one another
-│   ├── WeightCopyError           a rank that joins did not get its weights from its peers; it loads them from disk
+│   ├── WeightCopyError           weights did not come from peers: a rank that joins loads them from disk, a standby is made anew
 │   └── RankLeftError             the rank left the pool, and the request was pinned to it
 ├── PoolError               the deployment as a whole
 │   ├── ConfigurationError        the configuration cannot be right (ValueError)

@@ -20,8 +20,25 @@ _log = logging.getLogger(__name__)
 _SPIN_S = 0.002
 """For so long a collective is asked for without giving up the processor: one among ranks in step is over by then."""
 _NAP_S = 0.0005
+_PREPARE_S = 120.0
+"""NCCL's first look at a machine with many devices and network cards takes seconds."""
 _WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 """torch's own watchdog would end the process for a collective that takes too long; here that is an error of one step."""
+
+
+def prepare(device: str) -> None:
+    """Have NCCL up now: what it learns of the machine and loads on the device once a process, and not when the first group is formed.
+
+    LockstepError where it does not work.
+    """
+    import torch
+    import torch.distributed
+
+    dist: Any = torch.distributed  # its C++ names are not in its stubs
+    group = NcclGroup(dist.HashStore(), GroupStamp(), 0, 1, device, form_s=_PREPARE_S, collective_s=_PREPARE_S)
+    row = torch.zeros(1, 1, dtype=torch.uint8, device=device)
+    group.all_to_all(torch.empty_like(row), row, [1], [1])
+    group.close()
 
 
 @final

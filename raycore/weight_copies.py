@@ -180,8 +180,13 @@ class WeightSink(Protocol):
 class WeightSource(Protocol):
     """The peers of an engine that is being made."""
 
+    @property
+    def or_disk(self) -> bool:
+        """Whether what they have and did not give may be read from disk."""
+        ...
+
     def offer(self) -> WeightOffer | None:
-        """What they offer; None when nobody does."""
+        """What they offer; None when nobody does. WeightCopyError where one of them failed that could have, and `or_disk` is not so."""
         ...
 
     def take(self, sink: WeightSink) -> None:

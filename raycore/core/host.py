@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 
-from raycore import gloo
+from raycore import gloo, nccl
 from raycore.config import EngineSpec
 from raycore.core.beats import BeatThread
 from raycore.core.engine_core import EngineCore
@@ -15,8 +15,8 @@ from raycore.core.grouping import GroupKeeper
 from raycore.core.reconfiguring import Reconfigurer
 from raycore.core.weight_giving import WeightGiving
 from raycore.core.weight_taking import WeightTaking, terms_now
-from raycore.engine import MEMORY_STATS, SET_RANK, Engine
-from raycore.engines import WITHOUT_WEIGHTS, import_engine, make_engine
+from raycore.engine import MEMORY_STATS, SET_RANK, Engine, EngineInfo
+from raycore.engines import WITHOUT_WEIGHTS, has_own_options, import_engine, make_engine
 from raycore.errors import EngineStateError, LockstepError
 from raycore.groups import GroupSet
 from raycore.ids import EngineId, Epoch, GroupStamp, Incarnation, Rank, Term
@@ -26,7 +26,7 @@ from raycore.transport.beats import BeatPublisher
 from raycore.transport.endpoints import this_host
 from raycore.transport.engine_sockets import EngineSockets
 from raycore.transport.peers import PeerSender
-from raycore.weight_copies import WeightOffer, WeightPeer
+from raycore.weight_copies import WeightOffer, WeightPeer, WeightTerms
 
 _log = logging.getLogger(__name__)
 
@@ -53,21 +53,25 @@ class EngineHost:
         self._lock = threading.Lock()
         self._is_closed = False
 
-    def warm(self, peers: Sequence[WeightPeer] = ()) -> None:
-        """Have up what needs no rank: imports, the device, and where the pool wants it the model, from these peers. Raises what that
-        raises."""
+    def warm(self, peers: Sequence[WeightPeer] = (), members: EngineInfo | None = None) -> None:
+        """Have up what needs no rank: imports, the device, what process groups need, and where the pool wants it the model.
+
+        `peers`: who gives it its weights; `members`: what engines it is to stand beside. Raises what that raises, WeightCopyError where the
+        peers have weights and did not give them: who serves then is asked when a standby is made anew.
+        """
         spec = self._spec
         import_engine(spec.engine, spec.device)
-        if not spec.warm_weights and spec.engine not in WITHOUT_WEIGHTS:
-            return
-        self._engine = self._make(None, is_joining=True, peers=peers)
-        if self._engine.info.sync_interval:
+        if members is not None and members.sync_interval:
             gloo.prepare()
+            if members.is_expert_parallel and spec.device != "cpu":
+                nccl.prepare(spec.device)
+        if spec.warm_weights or spec.engine in WITHOUT_WEIGHTS:
+            self._engine = self._make(None, is_joining=True, peers=peers)
 
     def _make(self, rank: int | None, *, is_joining: bool, peers: Sequence[WeightPeer]) -> Engine:
         spec = self._spec
         name, size = spec.engine, spec.data_parallel_size
-        taking = self._taking(peers) if peers and name not in WITHOUT_WEIGHTS else None
+        taking = self._taking(peers, or_disk=rank is not None) if peers and name not in WITHOUT_WEIGHTS else None
         engine = make_engine(name, spec.model, spec.engine_options, spec.device, rank=rank, size=size, is_joining=is_joining, peers=taking)
         self._taken = None if taking is None else taking.taken
         if self._taken is None:
@@ -75,7 +79,7 @@ class EngineHost:
             self._meter.loaded(from_disk_bytes=0 if stats is None else int(stats().get("weights_bytes", 0)))
         return engine
 
-    def _taking(self, peers: Sequence[WeightPeer]) -> WeightTaking:
+    def _taking(self, peers: Sequence[WeightPeer], *, or_disk: bool) -> WeightTaking:
         spec = self._spec
         return WeightTaking(
             self.id,
@@ -86,22 +90,36 @@ class EngineHost:
             device=spec.device,
             timeouts=spec.timeouts,
             portion_bytes=spec.limits.weight_portion_bytes,
+            or_disk=or_disk,
         )
 
     def _drop_stale(self, peers: Sequence[WeightPeer]) -> None:
-        """A standby's weights are those of when it was made: it takes them anew where the pool's have another version now."""
-        if self._engine is None or self._taken is None:
+        """A standby's weights are those of when it was made: it takes them anew where the pool's have another version now.
+
+        Those that it read from disk, when nobody had them, are of no version.
+        """
+        if self._engine is None or self._spec.engine in WITHOUT_WEIGHTS:
             return
         terms = terms_now(peers, limit_s=self._spec.timeouts.control_s)
-        if terms is not None and terms != self._taken.terms:
-            _log.info("%s takes its weights anew: they are %s now, and were %s", self.id, terms, self._taken.terms)
+        if terms is None:
+            return
+        had = WeightTerms(terms.digest) if self._taken is None else self._taken.terms
+        if terms != had:
+            _log.info("%s takes its weights anew: they are %s now, and were %s", self.id, terms, had)
+            self._unmake()
+
+    def _unmake(self) -> None:
+        if self._engine is not None:
             self._engine.close()
-            self._engine = None
+        self._engine = self._taken = None
+        self._meter = WeightMeter()
 
     def become(self, spec: EngineSpec) -> None:
         """The rank is known: `start` is next."""
         self._spec = spec
         self.id = EngineId(Rank(spec.rank), Incarnation(spec.incarnation))
+        if has_own_options(spec.engine_options, spec.rank):
+            self._unmake()
         set_rank = None if self._engine is None else self._engine.utilities().get(SET_RANK)
         if set_rank is not None:
             set_rank(rank=spec.rank)

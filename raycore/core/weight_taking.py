@@ -43,7 +43,10 @@ class WeightTaking:
         device: str,
         timeouts: Timeouts,
         portion_bytes: int,
+        or_disk: bool = True,
     ) -> None:
+        self.or_disk = or_disk
+        """An operation does not wait for peers; a standby does: it is made anew, of those who serve then."""
         self.taken: WeightOffer | None = None
         """What was offered and has all come."""
         self._id = engine_id
@@ -58,15 +61,19 @@ class WeightTaking:
         self._rounds = 0
 
     def offer(self) -> WeightOffer | None:
-        """The offer of the first peer that makes one; those before it are asked for nothing."""
+        """The offer of the first peer that makes one; those before it are asked for nothing. WeightCopyError as `WeightSource` says."""
+        failed: Exception | None = None
         while self._offer is None and self._peers:
             peer = self._peers[0]
             try:
                 self._offer = peer.offer().result(self._timeouts.control_s)
             except (RaycoreError, TimeoutError) as error:
                 _log.warning("%s offers %s no weights: %s", peer.engine, self._id, error)
+                failed = error
             if self._offer is None:
                 self._peers.pop(0)
+        if self._offer is None and failed is not None and not self.or_disk:
+            raise WeightCopyError(f"no peer gives its weights now: {failed}", rank=self._id.rank) from failed
         return self._offer
 
     def take(self, sink: WeightSink) -> None:

@@ -20,9 +20,9 @@ OptionsT = TypeVar("OptionsT", bound=msgspec.Struct)
 
 
 class Place(NamedTuple):
-    """An engine's rank, how many ranks its pool has (0 without a pool), and whether it joins one that runs."""
+    """An engine's rank (None: it has none yet), how many ranks its pool has (0 without a pool), and whether it joins one that runs."""
 
-    rank: int
+    rank: int | None
     size: int
     is_joining: bool = False
     peers: WeightSource | None = None
@@ -50,7 +50,7 @@ def make_engine(
     own = _options_of_rank(options or {}, rank)
     factory = _FACTORIES.get(name)
     if factory is not None:
-        return factory(model, own, device, Place(rank or 0, size, is_joining, peers))
+        return factory(model, own, device, Place(rank, size, is_joining, peers))
     if ":" in name:
         return _foreign_engine(name, model, own, device)
     msg = f"no engine is called {name!r}; there are {', '.join(map(repr, _FACTORIES))} and 'module:function'"
@@ -65,6 +65,11 @@ def import_engine(name: str, device: str = "cpu") -> None:
         initialise(device)
     elif ":" in name:
         _import_module(name)
+
+
+def has_own_options(options: Mapping[str, Any], rank: int) -> bool:
+    """Whether an engine of this rank is another one than was made before its rank was known."""
+    return _options_of_rank(options, rank) != _options_of_rank(options, None)
 
 
 def _options_of_rank(options: Mapping[str, Any], rank: int | None) -> dict[str, Any]:
@@ -104,7 +109,9 @@ def _make_torch(model: str | None, options: dict[str, Any], device: str, place: 
         raise ConfigurationError(msg)
     from raycore.engines.torch import TorchEngineOptions, make_torch_engine  # torch takes seconds to import
 
-    set_here = {"model": model, "device": device, "rank": place.rank, "data_parallel_size": place.size, "is_joining": place.is_joining}
+    # Of a pool's experts nobody has a share before it has a rank: it is given one when it joins.
+    is_joining = place.is_joining or (place.rank is None and place.size > 0)
+    set_here = {"model": model, "device": device, "rank": place.rank or 0, "data_parallel_size": place.size, "is_joining": is_joining}
     return make_torch_engine(_convert("torch", {**options, **set_here}, TorchEngineOptions), place.peers)
 
 

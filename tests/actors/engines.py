@@ -31,10 +31,3 @@ def fails_on_rank_1_only(*, options: dict[str, Any], **_: Any) -> Any:
         message = "this rank fails"
         raise RuntimeError(message)
     threading.Event().wait()
-
-
-def spreads_experts(**_: Any) -> Any:
-    """An engine that says that its experts are spread over the ranks."""
-    from tests.support.scripted import ScriptedEngine
-
-    return ScriptedEngine(is_expert_parallel=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -24,7 +25,8 @@ from actors.launch import connect
 from actors.naming import controller_name, sentinel_name
 from raycore.config import HealthConfig
 from raycore.sampling import SamplingParams
-from tests.actors.pools import LIMIT_S, PoolMaker, ask_controller, eventually
+from tests.actors.mixture import Mixture
+from tests.actors.pools import LIMIT_S, PoolMaker, ask_controller, eventually, warm
 from tests.support.engine_process import expected
 
 pytestmark = pytest.mark.ray
@@ -117,6 +119,47 @@ async def test_ranks_on_a_node_that_ray_drains_move_and_nothing_is_lost(second_n
             return [row.state for row in pool_groups("drained")] == ["CREATED"] * 2
 
         await eventually(is_settled, "two groups are left")
+
+
+async def test_an_expert_parallel_rank_on_a_node_that_ray_drains_is_replaced_by_a_standby(
+    second_node: SecondNode, pools: PoolMaker, tmp_path: Path
+) -> None:
+    mixture = Mixture(pools, tmp_path, "spread-experts")
+    # Four of twelve processors each: one rank on either node, and the standby where one more has room.
+    await mixture.open(data_parallel_size=2, standby=1, warm="weights", node_strategy="spread", num_cpus_per_engine=4)
+    assert second_node.id in (await node_of_each_rank("spread-experts")).values()
+    (standby,) = await warm("spread-experts", 1)
+    assert standby["node_id"] != second_node.id
+    async with connect("spread-experts") as client:
+        await mixture.check(client)
+        second_node.drain()
+
+        async def is_left() -> bool:
+            rows = (await ask_controller("spread-experts", "status"))["members"]
+            return len(rows) == 2 and standby["pid"] in {row["pid"] for row in rows}
+
+        await eventually(is_left, "the standby serves in place of the rank on the node")
+        assert second_node.id not in (await node_of_each_rank("spread-experts")).values()
+        await mixture.check(client)
+
+
+async def test_where_there_is_no_room_as_many_ranks_move_as_there_are_standbys(second_node: SecondNode, pools: PoolMaker) -> None:
+    two_each = {"num_cpus_per_engine": 2, "timeouts": {"drain_s": 1.0, "capacity_s": 1.0}}
+    await pools.open("four", node_strategy="spread", data_parallel_size=4, standby=1, **two_each)
+    (standby,) = await warm("four", 1)
+    assert [*(await node_of_each_rank("four")).values()].count(second_node.id) == 2
+    await pools.open("filler", data_parallel_size=1, **two_each)
+    second_node.drain()
+
+    async def is_left() -> bool:
+        status = await ask_controller("four", "status")
+        is_over = bool(status["operations"]) and status["operations"][0]["phase"] == "done"
+        return is_over and second_node.id not in {row["node_id"] for row in status["members"]}
+
+    await eventually(is_left, "no rank is on the node")
+    rows = (await ask_controller("four", "status"))["members"]
+    assert len(rows) == 3
+    assert standby["pid"] in {row["pid"] for row in rows}
 
 
 async def test_a_node_that_is_lost_takes_its_rank_and_a_standby_replaces_it(second_node: SecondNode, pools: PoolMaker) -> None:

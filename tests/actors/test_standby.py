@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,25 +13,17 @@ from actors.groups import pool_groups
 from actors.launch import connect
 from actors.naming import Role, named_actors
 from actors.pool_end import clean_up
-from raycore.errors import ConfigurationError
+from actors.processes import is_gone
+from raycore.errors import ExpertsLostError
 from raycore.sampling import SamplingParams
-from tests.actors.pools import LIMIT_S, PoolMaker, ask_controller, eventually
+from tests.actors.mixture import Mixture
+from tests.actors.pools import LIMIT_S, PoolMaker, eventually, warm
 from tests.support.engine_process import expected
 from tests.torch_engine.tiny import save_llama
 
 pytestmark = pytest.mark.ray
 
 SIX = SamplingParams(max_tokens=6)
-
-
-async def warm(pool: str, count: int) -> list[dict[str, Any]]:
-    """The pool's standbys once there are so many."""
-
-    async def check() -> list[dict[str, Any]]:
-        rows = [row for row in (await ask_controller(pool, "status"))["standbys"] if row["state"] == "warm"]
-        return rows if len(rows) == count else []
-
-    return await eventually(check, f"{count} standbys of {pool} are warm")
 
 
 async def counted(pool: str) -> tuple[int, int]:
@@ -120,6 +111,64 @@ async def test_a_standby_with_weights_serves_as_the_rank_that_it_becomes(pools: 
         (tmp_path / "away").rename(model)
 
 
-async def test_an_expert_parallel_pool_takes_no_standbys_yet(pools: PoolMaker) -> None:
-    with pytest.raises(ConfigurationError, match="takes no standbys yet"):
-        await pools.open("experts", engine="tests.actors.engines:spreads_experts", standby=1)
+@pytest.mark.timeout(240)
+async def test_standbys_with_weights_join_an_expert_parallel_pool_and_end_with_it(pools: PoolMaker, tmp_path: Path) -> None:
+    mixture = Mixture(pools, tmp_path, "experts")
+    await mixture.open(data_parallel_size=1, standby=1, warm="weights")
+    async with connect("experts") as client:
+        await mixture.check(client)
+        (standby,) = await warm("experts", 1)
+        os.kill(standby["pid"], signal.SIGKILL)
+
+        async def is_another() -> bool:
+            return (await warm("experts", 1))[0]["pid"] != standby["pid"]
+
+        await eventually(is_another, "a standby that died is made again, of what the rank has")
+        (standby,) = await warm("experts", 1)
+        grown = await client.scale_elastic_ep(3)  # one more than there are standbys
+        assert grown.joined == (1, 2)
+        assert client.membership.members[1].pid == standby["pid"]
+        assert grown.weight_bytes > 0
+        assert grown.weight_bytes_from_disk == 0
+        await mixture.check(client)
+
+        (standby,) = await warm("experts", 1)
+        await client.call_all("set_weight_version", version="v2")
+        assert (await client.remove_ranks([0])).ranks == (1, 2)
+        grown = await client.scale_elastic_ep(3)
+        assert grown.joined == (0,)
+        assert client.membership.members[0].pid == standby["pid"]
+        assert grown.weight_bytes > 0
+        assert grown.weight_bytes_from_disk == 0
+        assert await client.call_all("get_weight_version") == {0: "v2", 1: "v2", 2: "v2"}
+        await mixture.check(client)
+
+        (standby,) = await warm("experts", 1)
+        assert await counted("experts") == (4, 4)
+        stream = client.generate(mixture.prompts[0], SamplingParams(max_tokens=200, ignore_eos=True), data_parallel_rank=0)
+        await anext(stream)
+        os.kill(client.membership.members[1].pid, signal.SIGKILL)
+        with pytest.raises(ExpertsLostError, match="rank 1 is dead"):
+            await stream.collect()
+    await eventually(mixture.is_gone, "nothing of the pool is left, standbys neither")
+    assert is_gone(standby["pid"])
+
+
+@pytest.mark.timeout(240)
+async def test_a_warm_process_joins_an_expert_parallel_pool_and_does_not_outlive_its_last_rank(pools: PoolMaker, tmp_path: Path) -> None:
+    mixture = Mixture(pools, tmp_path, "processes")
+    await mixture.open(data_parallel_size=2, standby=1)
+    async with connect("processes") as client:
+        (standby,) = await warm("processes", 1)
+        grown = await client.scale_elastic_ep(3)
+        assert client.membership.members[2].pid == standby["pid"]
+        assert grown.weight_bytes > 0
+        assert grown.weight_bytes_from_disk == 0
+        await mixture.check(client)
+        assert (await client.remove_ranks([0, 1])).ranks == (2,)
+        await mixture.check(client)
+        (standby,) = await warm("processes", 1)
+        assert await counted("processes") == (2, 2)
+        os.kill(client.membership.members[0].pid, signal.SIGKILL)
+        await eventually(mixture.is_gone, "an only rank has all experts, and the pool ends with it, standbys too")
+    assert is_gone(standby["pid"])

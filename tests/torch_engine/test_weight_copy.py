@@ -20,7 +20,7 @@ from raycore.core.host import EngineHost
 from raycore.engine import Engine
 from raycore.engines.torch import EmbedEngine, TorchEngine, TorchEngineOptions, make_torch_engine
 from raycore.engines.torch.weight_copy import take_model
-from raycore.errors import ConfigurationError, EngineStateError, LockstepError
+from raycore.errors import ConfigurationError, EngineStateError, LockstepError, WeightCopyError
 from raycore.groups import GroupKind
 from raycore.load_progress import WeightMeter
 from raycore.sampling import SamplingParams
@@ -242,10 +242,79 @@ def test_a_standby_takes_its_weights_anew_where_they_have_another_version_when_i
 
 def test_what_was_read_from_disk_is_told(tiny: Path, two: tuple[TorchEngine, TorchEngine]) -> None:
     host = EngineHost(standby_spec(tiny), node_ip="127.0.0.1")
-    host.warm([Peer(0, two[0], partial(DyingGroup, exchanges=0))])
+    host.start([Peer(0, two[0], partial(DyingGroup, exchanges=0))])
     progress = host.weight_progress
     assert (progress.bytes, progress.from_disk_bytes) == (0, two[0].rpc_methods()["memory_stats"]()["weights_bytes"])
     host.close()
+
+
+def test_a_standby_reads_nothing_from_disk_that_a_peer_has_and_did_not_give(tiny: Path, two: tuple[TorchEngine, TorchEngine]) -> None:
+    lost, asleep = Peer(0, two[0], partial(DyingGroup, exchanges=0)), Peer(1, two[1])
+    two[1].utilities()["sleep"](level=2)
+    host = EngineHost(standby_spec(tiny), node_ip="127.0.0.1")
+    with pytest.raises(WeightCopyError, match="no peer is left"):
+        host.warm([lost])
+    with pytest.raises(WeightCopyError, match="wake_up"):
+        host.warm([asleep])
+    assert host.weight_progress.from_disk_bytes == 0
+    two[1].utilities()["wake_up"]()
+    host.warm([asleep])
+    assert asleep.sent == [host.weight_progress.of_bytes]
+    host.close()
+
+
+def test_a_standby_that_had_nobody_to_take_its_weights_from_takes_them_where_they_have_a_version_by_then(
+    tiny: Path, two: tuple[TorchEngine, TorchEngine]
+) -> None:
+    peer, host = Peer(0, two[0]), EngineHost(standby_spec(tiny), node_ip="127.0.0.1")
+    host.warm()
+    assert host.weight_progress.from_disk_bytes > 0
+    peer.state = msgspec.structs.replace(peer.state, weight_version="v2")
+    try:
+        host.start([peer])
+        assert peer.sent == [host.weight_progress.bytes]
+        assert host.weight_progress.from_disk_bytes == 0
+    finally:
+        host.close()
+
+
+def test_a_standby_becomes_the_engine_that_its_ranks_own_options_ask_for(tiny: Path, two: tuple[TorchEngine, TorchEngine]) -> None:
+    peer, spec = Peer(0, two[0]), standby_spec(tiny)
+    spec = msgspec.structs.replace(spec, engine_options={**spec.engine_options, "per_rank": {"2": {"kv_tokens": 512}}})
+    for rank, kv_tokens, rounds in ((1, 1024, 1), (2, 512, 3)):
+        host = EngineHost(spec, node_ip="127.0.0.1")
+        host.warm([peer])
+        host.become(msgspec.structs.replace(spec, rank=rank))
+        try:
+            assert host.start([peer]).info.kv_tokens == kv_tokens
+        finally:
+            host.close()
+        assert len(peer.sent) == rounds
+
+
+def test_a_standby_of_an_expert_parallel_pool_has_everything_but_experts_and_becomes_a_rank_as_it_is(tmp_path: Path) -> None:
+    path = save_mixtral(tmp_path / "moe")
+    with ranks_on(path, 2) as ranks:
+        info = ranks.engine(0).info
+        assert info.is_expert_parallel
+        path.rename(tmp_path / "elsewhere")
+        peers = [Peer(rank, ranks.engine(rank)) for rank in range(2)]
+        spec = msgspec.structs.replace(standby_spec(path), data_parallel_size=2, is_joining=True)
+        host = EngineHost(spec, node_ip="127.0.0.1")
+        host.warm(peers, info)
+        engine = host._engine
+        assert isinstance(engine, TorchEngine)
+        assert sums(engine) == {name: value for name, value in sums(ranks.engine(0)).items() if ".experts." not in name}
+        assert engine.rpc_methods()["expert_placement"]() == {"0": [[]], "1": [[]]}
+        host.become(msgspec.structs.replace(spec, rank=2))
+        try:
+            member = host.start(peers)
+            assert (member.engine.rank, member.info.is_expert_parallel, member.info.sync_interval) == (2, True, 1)
+            assert host._engine is engine, "nothing was made anew"
+            assert [len(peer.sent) for peer in peers] == [1, 1]
+            assert host.weight_progress.from_disk_bytes == 0
+        finally:
+            host.close()
 
 
 def standby_spec(path: Path) -> EngineSpec:

@@ -95,7 +95,10 @@ def is_lendable(model: PreTrainedModel) -> bool:
 
 
 def take_model(source: WeightSource | None, options: TorchEngineOptions) -> TakenModel | None:
-    """The model as the peers have it; None, with the reason in the log, where it is to be loaded from disk."""
+    """The model as the peers have it; None, with the reason in the log, where it is to be loaded from disk.
+
+    WeightCopyError where the peers have it, and it may not be.
+    """
     if source is None:
         return None
     offer = source.offer()
@@ -103,8 +106,14 @@ def take_model(source: WeightSource | None, options: TorchEngineOptions) -> Take
         return None
     try:
         taken, sink = _built(offer, options)
+    except (RaycoreError, OSError, ValueError, RuntimeError) as error:
+        _log.warning("weights do not come from peers, which have others, but from disk: %s", error)
+        return None
+    try:
         source.take(sink)
     except (RaycoreError, OSError, ValueError, RuntimeError) as error:
+        if not source.or_disk:
+            raise error if isinstance(error, RaycoreError) else WeightCopyError(f"weights did not come from peers: {error}") from error
         _log.warning("weights do not come from peers but from disk: %s", error)
         return None
     return taken
