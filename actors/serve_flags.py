@@ -1,4 +1,4 @@
-"""Ray Serve's flags that put HAProxy in front of the replicas instead of Serve's own proxy, which passes each token through Ray.
+"""Ray Serve's flags: patience with a proxy that starts, and HAProxy in front of the replicas instead of Serve's own proxy.
 
 Serve reads its flags when it is imported, so this comes before `ray.serve`.
 """
@@ -15,9 +15,15 @@ HAPROXY = {
 }
 
 
-def use_haproxy() -> None:
+PATIENCE = {
+    # Serve ends a proxy that has not started after 5 s and starts another: on a busy machine none ever does.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
+}
+
+
+def use_flags(*, haproxy: bool) -> None:
     """For this process and what `controller_options` starts; what the environment says already stays."""
-    for name, value in HAPROXY.items():
+    for name, value in {**PATIENCE, **(HAPROXY if haproxy else {})}.items():
         os.environ.setdefault(name, value)
 
 

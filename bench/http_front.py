@@ -23,7 +23,7 @@ from typing import Any
 
 import ray
 
-from actors.serve_flags import use_haproxy
+from actors.serve_flags import use_flags
 from bench.report import Row, arguments, publish
 from bench.transport import on_loop
 from raycore import api
@@ -186,7 +186,7 @@ def main() -> None:
         try:
             ports = {"uvicorn": ours.recv()}
             if options.haproxy:
-                use_haproxy()
+                use_flags(haproxy=True)
             if not options.without_serve:
                 ports["Ray Serve"] = start_serve()
             found = on_loop(lambda: measure(ports, options.streams, options.step, options.repeat))

@@ -142,10 +142,10 @@ def serve(
     `is_direct`: one front in this process without Ray Serve. `haproxy`: Serve's replicas behind HAProxy instead of Serve's proxy.
     ConfigurationError where the extra `serve` is not installed.
     """
-    if haproxy:
-        from actors.serve_flags import use_haproxy
+    if not is_direct:
+        from actors.serve_flags import use_flags
 
-        use_haproxy()
+        use_flags(haproxy=haproxy)
     try:
         from actors.serve_command import serve_alone, serve_on_serve
     except ImportError as error:

@@ -21,6 +21,9 @@ os.environ["RAYCORE_DEBUG_CHECKS"] = "1"
 os.environ["RAYCORE_EVENT_LOG"] = "off"
 """Pools of tests leave no event logs, except where a test asks for one."""
 
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50")
+"""Serve ends a proxy that takes longer to start; by default 5 s, which is not enough on a busy machine."""
+
 _LEFTOVER_LIMIT_S = 15.0
 """Ray gives up a killed actor's name and resources a moment after the process is gone."""
 _POLL_S = 0.05

@@ -86,7 +86,12 @@ def ray_head() -> Iterator[Head]:
     scaling = directory / "autoscaling.json"
     scaling.write_text(json.dumps(_autoscaling(gcs_port)))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"RAY_AUTH_MODE": "disabled", "NO_COLOR": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {
+        "RAY_AUTH_MODE": "disabled",
+        "NO_COLOR": "1",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     fake_nodes = {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
