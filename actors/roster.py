@@ -40,6 +40,18 @@ def without(membership: Membership, causes: Sequence[Departure]) -> Membership:
     )
 
 
+def brought_back(now: Membership, before: Membership, causes: Sequence[Departure]) -> Membership:
+    """The next epoch: the members of `before` and nobody else, as they are now; whoever joined since is no member, and not mourned."""
+    was = {member.engine for member in before.members}
+    return msgspec.structs.replace(
+        now,
+        epoch=Epoch(now.epoch + 1),
+        members=tuple(member for member in now.members if member.engine in was),
+        departed=(*now.departed, *causes)[-_DEPARTURES_KEPT:],
+        joining=(),
+    )
+
+
 def newest(views: Iterable[Membership], pool: str) -> Membership:
     """The view that supersedes all others; an empty epoch 0 when there is none."""
     best = Membership(pool=pool)

@@ -27,6 +27,7 @@ from raycore.client.control import ScalingReport
 from raycore.config import Timeouts
 from raycore.errors import (
     CapacityError,
+    DeadlineError,
     InvalidArgumentsError,
     PoolError,
     RaycoreError,
@@ -34,9 +35,9 @@ from raycore.errors import (
     ScalingError,
     UnknownRankError,
 )
-from raycore.ids import EngineId, Rank
+from raycore.ids import EngineId, GroupStamp, Rank
 from raycore.load_progress import WeightProgress, added
-from raycore.membership import GroupAddress, Membership, MemberState
+from raycore.membership import Departure, GroupAddress, Membership, MemberState
 
 logger = logging.getLogger(__name__)
 
@@ -244,9 +245,23 @@ class PoolScaler:
         if self._ended is not None and not self._ended.done():
             self._ended.set_exception(PoolError(f"pool {self._pool!r} was taken down while it scaled"))
 
-    def way_back(self, membership: Membership) -> GroupAddress | None:
-        """The groups that the members of this next epoch have kept, if an operation that is being committed comes to nothing in it."""
-        return None if self._switch is None else self._switch.way_back(membership)
+    def without_joiners(self, now: Membership, departure: Departure) -> Membership | None:
+        """The next epoch where this loss takes an expert-parallel pool back to the members of before; None where it does not."""
+        is_told = self._switch is not None and self._switch.is_told
+        return self._switch.without_joiners(now, departure) if self._switch is not None and is_told else None
+
+    def go_back(self, membership: Membership) -> GroupAddress | None:
+        """The groups that the members of this next epoch have kept, if an operation that is being committed comes to nothing in it.
+
+        It is decided by asking: what is answered must be told.
+        """
+        return None if self._switch is None else self._switch.go_back(membership)
+
+    def on_returned(self, joiners: Sequence[EngineRecord], cause: str) -> None:
+        """The members of before are all there is, and are about to be told; these joiners are no members any more and are put away."""
+        if self._operation is not None:
+            self._joiners.update({record.engine.rank: record for record in joiners})
+            self._take(machine.returned(self._operation, cause, self._now()))
 
     # -- one operation ----------------------------------------------------------------------------------------------------
 
@@ -258,7 +273,8 @@ class PoolScaler:
             Phase.SPAWN: timeouts.engine_start_s,
             Phase.PREPARE: timeouts.control_s + (timeouts.drain_s + 2 * timeouts.group_s if goal.is_in_lockstep else 0.0) + moving_s,
             Phase.READY: timeouts.engine_start_s,  # adapters are loaded in it
-            Phase.COMMIT: timeouts.control_s,
+            # the decision is kept, everybody is told, and confirms: who does not is ended and named before the phase's time is over
+            Phase.COMMIT: timeouts.control_s * (3 if goal.is_in_lockstep else 1),
             Phase.RETIRE: timeouts.drain_s + 4 * timeouts.stop_s + timeouts.control_s,
             Phase.ROLLING_BACK: 4 * timeouts.stop_s + timeouts.control_s,
         }
@@ -349,7 +365,7 @@ class PoolScaler:
         if isinstance(self._cause, RaycoreError):
             error: RaycoreError = self._cause
         else:
-            phase = operation.transitions[-3].phase  # before ROLLING_BACK and UNDONE
+            phase = operation.transitions[-3].phase  # before ROLLING_BACK and UNDONE, which follow on each other
             error = ScalingError(f"operation {operation.id} was undone: {operation.error}", operation=operation.id, phase=phase)
         ended.set_exception(error)
         ended.exception()  # whoever waits raises it; if nobody does, the history has it
@@ -425,7 +441,11 @@ class PoolScaler:
         return joiner if joiner is not None and joiner.engine == engine else self._topology.record(engine)
 
     def _releases(self) -> list[Coroutine[Any, Any, None]]:
-        return [] if self._switch is None else [self._switch.release()]
+        """Decided here and now, so that a loss in the next moment finds no way back; nothing to release where they went back."""
+        if self._switch is None or self._switch.is_returned:
+            return []
+        self._switch.is_released = True
+        return [self._switch.release()]
 
     async def _switch_groups(self, operation: Operation, switch: GroupSwitch) -> None:
         """The decision is kept by all, then all are told to go. Who does not keep it is ended, and the others go on without it."""
@@ -437,10 +457,17 @@ class PoolScaler:
             record = self._topology.let_go(leaver)
             if record is not None:
                 await self._fleet.dispose(record)
+        causes = {engine: str(error) for engine, error in failed.items()}
         switch.is_told = True
+        if lost and switch.before.is_expert_parallel:
+            self._joiners.update({record.engine.rank: record for record in joiners})  # put away by the undo, or with the pool
+            await self._topology.declare(lambda now: switch.committed(now, (), causes))
+            if switch.is_returned:
+                self.on_returned((), "; ".join(f"{record.engine} did not keep the decision: {causes[record.engine]}" for record in lost))
+            return
         stay = [record for record in joiners if record not in lost]
         added = [record.engine for record in stay]
-        await self._topology.declare(lambda now: switch.committed(now, added), stay)
+        await self._topology.declare(lambda now: switch.committed(now, added, causes), stay)
         for record in lost:
             self.on_lost(record.engine, str(failed[record.engine]))
         await asyncio.gather(*(self._fleet.dispose(record) for record in lost))
@@ -454,14 +481,22 @@ class PoolScaler:
             await switch.confirmed(engine, switch.stamp)
         except RaycoreError as error:
             if self._topology.membership.group == switch.then.group:
-                await self._topology.lose(engine, f"it did not go over to the new groups: {error}")
+                culprit = self._culprit(engine) if isinstance(error, DeadlineError) else engine
+                await self._topology.lose(culprit, f"it did not go over to the new groups: {error}")
         self._answer(operation, Phase.COMMIT, engine.rank)
+
+    def _culprit(self, engine: EngineId) -> EngineId:
+        """Who is ended when this one takes too long: its round waits for all of them, and without a joiner there is a way back."""
+        operation = self._operation
+        joined = () if operation is None else operation.joined
+        return next((joiner for joiner in joined if operation is not None and joiner.rank in operation.waiting), engine)
 
     async def _decide(self, operation: Operation) -> None:
         if self._switch is not None:
             await self._switch_groups(operation, self._switch)
-            switch = self._switch
-            current = self._operation
+            switch, current = self._switch, self._operation
+            if switch is None or (current is not None and current.phase is Phase.ROLLING_BACK):
+                return  # they went back
             engines = operation.participants if current is None else current.participants
             await asyncio.gather(*(self._confirm(operation, switch, engine) for engine in engines))
             return
@@ -496,7 +531,10 @@ class PoolScaler:
         held, switch = self._joiners, self._switch  # of this operation: the next one may begin before the last of them is put away
         others = [task for task in self._tasks if task is not asyncio.current_task()]
         await asyncio.gather(*others, return_exceptions=True)  # cancelled: each has put down what it held in a record
-        if switch is not None:
+        if switch is not None and switch.is_returned:
+            group = self._topology.membership.group
+            await switch.until_back(GroupStamp() if group is None else group.stamp)
+        elif switch is not None:
             await switch.undo(operation)
         joiners = list(held.values())
         held.clear()

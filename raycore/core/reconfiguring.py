@@ -108,11 +108,8 @@ class Reconfigurer:
             self.kept_decision = None
         if stamp is not None and is_new:
             self._groups.overtake(stamp)
-        goes_back = membership.group is not None and membership.group.goes_back
-        if not goes_back:  # which needs its standby groups: all must leave the old ones at one round
+        if membership.group is None or not membership.group.goes_back:  # which needs its standby groups: all leave the old ones at one round
             self._drop(part)
-        elif stamp is not None:
-            self._groups.confirm(stamp)
         return was_prepared
 
     def release(self, stamp: GroupStamp) -> None:
