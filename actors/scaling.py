@@ -104,6 +104,7 @@ class PoolScaler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._begun: set[asyncio.Task[ScalingReport]] = set()
         """Operations that nobody waits for; their ends are in the history."""
+        self._is_closed = False
         self._numbers = itertools.count(1)
         self._history: deque[Operation] = deque(maxlen=_HISTORY)
 
@@ -234,7 +235,8 @@ class PoolScaler:
         await asyncio.gather(*(self._put_away(engine) for engine in retiring))
 
     async def close(self) -> None:
-        """The pool ends: joiners are put away, whoever waits is told."""
+        """The pool ends: joiners are put away, whoever waits is told, and nothing is begun any more."""
+        self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
         for task in list(self._tasks):
@@ -242,8 +244,10 @@ class PoolScaler:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         joiners, self._joiners = list(self._joiners.values()), {}
         await asyncio.gather(*(self._fleet.dispose(record) for record in joiners))
+        self._operation = self._switch = None
         if self._ended is not None and not self._ended.done():
             self._ended.set_exception(PoolError(f"pool {self._pool!r} was taken down while it scaled"))
+            self._ended.exception()
 
     def without_joiners(self, now: Membership, departure: Departure) -> Membership | None:
         """The next epoch where this loss takes an expert-parallel pool back to the members of before; None where it does not."""
@@ -266,6 +270,9 @@ class PoolScaler:
     # -- one operation ----------------------------------------------------------------------------------------------------
 
     async def _begin(self, goal: Goal, *, is_replacement: bool = False) -> ScalingReport:
+        if self._is_closed:
+            message = f"pool {self._pool!r} is being taken down"
+            raise PoolError(message)
         timeouts = self._timeouts
         moving_s = timeouts.group_s + timeouts.engine_start_s if self._topology.membership.is_expert_parallel else 0.0
         limits_s = {

@@ -108,7 +108,8 @@ class Reconfigurer:
             self.kept_decision = None
         if stamp is not None and is_new:
             self._groups.overtake(stamp)
-        if membership.group is None or not membership.group.goes_back:  # which needs its standby groups: all leave the old ones at one round
+        goes_back = membership.group is not None and membership.group.goes_back
+        if not goes_back:  # which needs its standby groups: all must leave the old ones at one round
             self._drop(part)
         return was_prepared
 

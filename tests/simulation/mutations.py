@@ -21,6 +21,7 @@ from raycore.ids import Epoch
 from raycore.membership import Membership, MemberState
 from raycore.participation import Part
 from raycore.waves import Verdict, Wave, WaveStep
+from tests.simulation.experts import SimExpertEngine
 
 Mutation = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -175,6 +176,30 @@ def epochs_are_used_twice() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(pool_controller.PoolController, "_decide", decide)
 
 
+def a_lost_joiner_ends_the_pool() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(GroupSwitch, "without_joiners", return_value=None)
+
+
+def there_is_a_way_back_after_the_release() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(GroupSwitch, "_may_return", property(lambda switch: switch.is_told and not switch.is_returned))
+
+
+def who_went_back_is_told_to_let_go() -> contextlib.AbstractContextManager[Any]:
+    real = PoolScaler.on_returned
+
+    def on_returned(self: PoolScaler, joiners: Any, cause: str) -> None:
+        switch = self._switch
+        real(self, joiners, cause)
+        if switch is not None and self._operation is not None:
+            self._spawn(switch.release(), self._operation)
+
+    return mock.patch.object(PoolScaler, "on_returned", on_returned)
+
+
+def experts_are_not_taken_back() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(SimExpertEngine, "switch_back", SimExpertEngine.release)
+
+
 ALL: tuple[Mutation, ...] = (
     an_undo_is_not_sent,
     an_undo_does_not_drop,
@@ -194,6 +219,10 @@ ALL: tuple[Mutation, ...] = (
     what_failed_leaves_others_running,
     a_successor_takes_the_oldest_view,
     epochs_are_used_twice,
+    a_lost_joiner_ends_the_pool,
+    there_is_a_way_back_after_the_release,
+    who_went_back_is_told_to_let_go,
+    experts_are_not_taken_back,
 )
 
 QUICK: tuple[Mutation, ...] = (
@@ -209,5 +238,7 @@ QUICK: tuple[Mutation, ...] = (
     leavers_take_new_requests,
     what_failed_leaves_others_running,
     a_successor_takes_the_oldest_view,
+    a_lost_joiner_ends_the_pool,
+    who_went_back_is_told_to_let_go,
 )
 """Found within some tens of seeds; `python -m tests.simulation --mutations` tries all."""
