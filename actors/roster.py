@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
@@ -78,6 +78,12 @@ def renewed(membership: Membership, epoch: Epoch) -> Membership:
 def with_joining(membership: Membership, joining: Sequence[Member]) -> Membership:
     """The next epoch, in which these are about to join."""
     return msgspec.structs.replace(membership, epoch=Epoch(membership.epoch + 1), joining=tuple(joining))
+
+
+def without_joining(membership: Membership, engines: Collection[EngineId]) -> Membership:
+    """The next epoch, in which these are not about to join any more."""
+    joining = tuple(member for member in membership.joining if member.engine not in engines)
+    return msgspec.structs.replace(membership, epoch=Epoch(membership.epoch + 1), joining=joining)
 
 
 def with_members(membership: Membership, added: Sequence[Member]) -> Membership:

@@ -17,7 +17,7 @@ from actors.lockstep import Records
 from actors.pool_observer import Observer
 from actors.pool_state import make_alike
 from actors.remote import remote_call
-from actors.roster import with_joining, with_members, with_states, without_engine
+from actors.roster import with_joining, with_members, with_states, without_engine, without_joining
 from actors.standby import StandbyKeeper
 from actors.switching import GroupSwitch
 from actors.together import all_of
@@ -101,7 +101,8 @@ class PoolScaler:
         self._cause: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._switch: GroupSwitch | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], str] = {}
+        """With the operation of each: what an undo left behind when its time was over may run beside the next one."""
         self._begun: set[asyncio.Task[ScalingReport]] = set()
         """Operations that nobody waits for; their ends are in the history."""
         self._is_closed = False
@@ -342,7 +343,7 @@ class PoolScaler:
             self._report(operation)
             return
         if command is Command.UNDO:
-            for task in list(self._tasks):
+            for task in self._tasks_of(operation):
                 task.cancel()
         goal = operation.goal
         work: dict[Command, Callable[[], list[Coroutine[Any, Any, None]]]] = {
@@ -536,7 +537,7 @@ class PoolScaler:
 
     async def _undo(self, operation: Operation) -> None:
         held, switch = self._joiners, self._switch  # of this operation: the next one may begin before the last of them is put away
-        others = [task for task in self._tasks if task is not asyncio.current_task()]
+        others = [task for task in self._tasks_of(operation) if task is not asyncio.current_task()]
         await asyncio.gather(*others, return_exceptions=True)  # cancelled: each has put down what it held in a record
         if switch is not None and switch.is_returned:
             group = self._topology.membership.group
@@ -545,9 +546,11 @@ class PoolScaler:
             await switch.undo(operation)
         joiners = list(held.values())
         held.clear()
-        serving = dict.fromkeys(operation.goal.leaving, MemberState.SERVING)
-        if serving or self._topology.membership.joining:
-            await self._topology.declare(lambda membership: with_joining(with_states(membership, serving), ()))
+        goes_on = () if self._operation is None or self._operation.id == operation.id else self._operation.goal.leaving
+        serving = {engine: MemberState.SERVING for engine in operation.goal.leaving if engine not in goes_on}
+        joining = {*operation.joined, *(record.engine for record in joiners)}
+        if serving or any(member.engine in joining for member in self._topology.membership.joining):
+            await self._topology.declare(lambda membership: without_joining(with_states(membership, serving), joining))
         await asyncio.gather(*(self._fleet.dispose(record) for record in joiners))
         for rank in operation.waiting:
             self._answer(operation, Phase.ROLLING_BACK, rank)
@@ -561,8 +564,11 @@ class PoolScaler:
 
     def _spawn(self, work: Coroutine[Any, Any, None], operation: Operation) -> None:
         task = asyncio.create_task(self._guarded(work, operation))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = operation.id
+        task.add_done_callback(self._tasks.pop)
+
+    def _tasks_of(self, operation: Operation) -> list[asyncio.Task[None]]:
+        return [task for task, of in self._tasks.items() if of == operation.id]
 
     async def _guarded(self, work: Awaitable[None], operation: Operation) -> None:
         try:

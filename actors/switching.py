@@ -230,7 +230,11 @@ class GroupSwitch:
 
         async def ask(engine: EngineId) -> ExpertReport:
             call: Any = self._record(engine).handle.expert_report.remote()
-            return await remote_call(call, limit_s=self._timeouts.control_s, what=f"{engine}: experts", engine=engine)
+            # a rebalancing that is under way goes on beside the steps, and is waited for
+            limit_s = self._timeouts.engine_start_s
+            return await remote_call(
+                call, limit_s=limit_s, what=f"{engine}: experts, once they are where a rebalancing moves them", engine=engine
+            )
 
         reports = await asyncio.gather(*(ask(member.engine) for member in self.before.members))
         loads = {

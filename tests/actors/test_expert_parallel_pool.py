@@ -23,7 +23,7 @@ from raycore.errors import EngineDeadError, ExpertsLostError, NoEngineError, Poo
 from raycore.membership import Membership, MemberState
 from raycore.sampling import SamplingParams
 from raycore.tokenizer import ByteTokenizer
-from tests.actors.pools import PoolMaker, eventually, membership_when
+from tests.actors.pools import PoolMaker, ask_controller, eventually, membership_when
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -155,7 +155,13 @@ async def test_a_joiner_lost_between_the_decision_and_the_release_takes_all_back
         assert (len(names), len(pool_groups("experts"))) == (2, 2), "the other joiner is put away too"
 
         hold.unlink()
-        assert (await client.scale_elastic_ep(3)).ranks == (0, 1, 2)
+        await client.operations.pause_scheduler(mode="keep")  # so that the rebalancing waits
+        moved = {"placement": {"*": [[2, 3], [0, 1]]}, "bytes_per_step": 1}
+        await client.call_all("collective_rpc", method="rebalance_experts", kwargs=moved)
+        growing = asyncio.ensure_future(client.scale_elastic_ep(3))
+        await eventually(_is_preparing, "the operation has to wait for the rebalancing", limit_s=120.0)
+        await client.operations.resume_scheduler()
+        assert (await growing).ranks == (0, 1, 2)
         again = [client.generate(prompt, GREEDY, data_parallel_rank=i % 3).collect() for i, prompt in enumerate(asked)]
         assert [output.token_ids for output in await asyncio.gather(*again)] == [plain.one(prompt, GREEDY).tokens for prompt in asked]
         assert (await client.scale_elastic_ep(2)).ranks == (0, 1)
@@ -168,6 +174,10 @@ async def test_a_joiner_lost_between_the_decision_and_the_release_takes_all_back
         with pytest.raises(RaycoreError, match=r"rank 0|taken down|no controller"):
             await growing
     await eventually(_nothing_is_left, "no actor and no placement group is left")
+
+
+async def _is_preparing() -> bool:
+    return (await ask_controller("experts", "status"))["operations"][0]["phase"] == "prepare"
 
 
 async def _exists(path: Path) -> bool:
