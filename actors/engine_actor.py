@@ -150,7 +150,7 @@ class EngineActor:
 
     @ray.method(concurrency_group="control")
     async def expert_report(self) -> ExpertReport:
-        """Where the experts of an expert-parallel model are, and how much this rank's tokens wanted each; once no rebalancing moves them."""
+        """Where the experts of an expert-parallel model are, and how much this rank's tokens wanted each; once no rebalancing runs."""
         core = self._started().core
         while True:
             answers = await asyncio.wrap_future(core.ask_engine("expert_placement", "expert_load", "expert_traffic"))
