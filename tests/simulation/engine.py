@@ -371,6 +371,8 @@ class SimEngine:
 
     async def _meet_leavers(self, request: ReconfigureDistributedRequest, handover: Handover) -> ProcessGroup:
         known = {member.engine.rank: member.engine for member in (*self.membership.members, *request.membership.members)}
+        if not set(handover.ranks) <= set(known):
+            raise LockstepError(f"the others of {handover.address.stamp} are no members any more")
         members = tuple(known[rank] for rank in handover.ranks)
         wire = (await self.world.meet(handover.address.stamp, members, self, is_handover=True))[GroupKind.EPLB]
         end = WireEnd(wire, self.id)

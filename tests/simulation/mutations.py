@@ -10,7 +10,8 @@ from unittest import mock
 
 import msgspec
 
-from actors import pool_controller, scaling
+from actors import operation_work, pool_controller, scaling
+from actors.operation_work import OperationWork
 from actors.scaling import PoolScaler
 from actors.switching import GroupSwitch
 from elastic import operation as machine
@@ -102,13 +103,13 @@ def an_answer_counts_for_another_phase() -> contextlib.AbstractContextManager[An
 
 
 def joiners_are_not_put_away() -> contextlib.AbstractContextManager[Any]:
-    real = PoolScaler._undo
+    real = OperationWork._undo
 
-    async def forgets(self: PoolScaler, operation: Operation) -> None:
-        self._joiners = {}
+    async def forgets(self: OperationWork, operation: Operation) -> None:
+        self.joiners = {}
         await real(self, operation)
 
-    return mock.patch.object(PoolScaler, "_undo", forgets)
+    return mock.patch.object(OperationWork, "_undo", forgets)
 
 
 def leavers_do_not_serve_again() -> contextlib.AbstractContextManager[Any]:
@@ -117,8 +118,8 @@ def leavers_do_not_serve_again() -> contextlib.AbstractContextManager[Any]:
         kept = {engine: state for engine, state in changes.items() if state is not back}
         return real(membership, kept, {} if was is None else was)
 
-    real = scaling.with_states
-    return mock.patch.object(scaling, "with_states", keeps)
+    real = operation_work.with_states
+    return mock.patch.object(operation_work, "with_states", keeps)
 
 
 def leavers_take_new_requests() -> contextlib.AbstractContextManager[Any]:
@@ -137,7 +138,7 @@ def an_answer_counts_for_the_next_operation() -> contextlib.AbstractContextManag
         if self._operation is not None:
             self._take(machine.answered(self._operation, phase, rank, self._now(), engine))
 
-    return mock.patch.object(PoolScaler, "_answer", counts)
+    return mock.patch.object(PoolScaler, "answer", counts)
 
 
 def a_refusal_is_a_loss() -> contextlib.AbstractContextManager[Any]:
@@ -153,7 +154,7 @@ def what_failed_leaves_others_running() -> contextlib.AbstractContextManager[Any
     async def gather(work: Any) -> Any:
         return await asyncio.gather(*work)
 
-    return mock.patch.object(scaling, "all_of", gather)
+    return mock.patch.object(operation_work, "all_of", gather)
 
 
 def a_successor_takes_the_oldest_view() -> contextlib.AbstractContextManager[Any]:
@@ -190,8 +191,8 @@ def who_went_back_is_told_to_let_go() -> contextlib.AbstractContextManager[Any]:
     def on_returned(self: PoolScaler, joiners: Any, cause: str) -> None:
         switch = self._switch
         real(self, joiners, cause)
-        if switch is not None and self._operation is not None:
-            self._spawn(switch.release(), self._operation)
+        if switch is not None and self._operation is not None and self._work is not None:
+            self._work.spawn(switch.release(), self._operation)
 
     return mock.patch.object(PoolScaler, "on_returned", on_returned)
 

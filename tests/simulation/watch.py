@@ -25,8 +25,8 @@ class Watch:
         self._scaler: Any = controller.pool.scaler
         self._lost: set[EngineId] = set()
         self._seen: dict[str, int] = {}
-        self._take, self._on_lost, self._answer = self._scaler._take, self._scaler.on_lost, self._scaler._answer
-        self._scaler._take, self._scaler.on_lost, self._scaler._answer = self.take, self.on_lost, self.answer
+        self._take, self._on_lost, self._answer = self._scaler._take, self._scaler.on_lost, self._scaler.answer
+        self._scaler._take, self._scaler.on_lost, self._scaler.answer = self.take, self.on_lost, self.answer
         self._pool: Any = controller.pool
         self._decide, self._pool._decide = self._pool._decide, self.decide
         self._lose, controller.pool.lose = controller.pool.lose, self.lose  # type: ignore[method-assign]
@@ -106,7 +106,7 @@ class Watch:
             self._hold(operation, not unready, f"it is decided, and {unready} are not ready")
 
     def _people(self, operation: Operation) -> dict[str, list[EngineId]]:
-        joiners = [record.engine for record in self._scaler._joiners.values()]
+        joiners = [record.engine for record in self._scaler._work.joiners.values()]
         return {"joiner": joiners, "member": list(operation.goal.stay), "leaver": list(operation.goal.leaving)}
 
     def _hold(self, operation: Operation, holds: bool, text: str) -> None:
