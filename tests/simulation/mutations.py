@@ -181,10 +181,6 @@ def a_lost_joiner_ends_the_pool() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(GroupSwitch, "without_joiners", return_value=None)
 
 
-def there_is_a_way_back_after_the_release() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.object(GroupSwitch, "_may_return", property(lambda switch: switch.is_told and not switch.is_returned))
-
-
 def who_went_back_is_told_to_let_go() -> contextlib.AbstractContextManager[Any]:
     real = PoolScaler.on_returned
 
@@ -221,7 +217,6 @@ ALL: tuple[Mutation, ...] = (
     a_successor_takes_the_oldest_view,
     epochs_are_used_twice,
     a_lost_joiner_ends_the_pool,
-    there_is_a_way_back_after_the_release,
     who_went_back_is_told_to_let_go,
     experts_are_not_taken_back,
 )

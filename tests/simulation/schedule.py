@@ -21,8 +21,8 @@ FAULTS = ("crash", "crash", "freeze", "hang", "controller", "controller", "cance
 PHASES = (*(phase for phase in Phase if not phase.is_end), Phase.SPAWN, Phase.PREPARE, Phase.COMMIT)
 """Where faults of a phase strike; three of them more often, for most is under way there."""
 _FAULTS_OF_A_PHASE = 0.5
-_EXPERT_PARALLEL = 0.35
-"""Of the pools in lockstep."""
+_EXPERT_PARALLEL = 0.2
+"""Of all pools."""
 _AT_THE_SWITCH = 0.6
 """Of those have nothing but the loss of a joiner around the switch, after which there may be a way back."""
 _SETTLED_S = 300.0
@@ -47,9 +47,11 @@ def run(seed: int) -> Outcome:
     rng = random.Random(f"schedule {seed}")
     faults = {rng.randrange(1, 140): rng.choice(FAULTS) for _ in range(rng.choice((0, 1, 1, 1, 2, 2)))}
     sync_interval = rng.choice((0, 1, 1, 1, 2))
-    is_expert_parallel = bool(sync_interval) and rng.random() < _EXPERT_PARALLEL
-    if is_expert_parallel and rng.random() < _AT_THE_SWITCH:
-        faults = {}
+    experts = random.Random(f"experts {seed}")
+    is_expert_parallel = experts.random() < _EXPERT_PARALLEL
+    if is_expert_parallel:
+        sync_interval = max(1, sync_interval)
+        faults = faults if experts.random() > _AT_THE_SWITCH else {}
     world = World(seed, sync_interval=sync_interval, faults={}, is_expert_parallel=is_expert_parallel)
     logging.disable(logging.CRITICAL)
     problems: list[str] = []
