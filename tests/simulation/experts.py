@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from raycore.errors import LockstepError
 from raycore.groups import GroupKind, GroupSet, ProcessGroup, Reconfiguration
 from raycore.ids import GroupStamp
 from raycore.membership import ReconfigureDistributedRequest
-from tests.simulation.engine import SimEngine, over
+from tests.simulation.engine import GROUP_S, SimEngine, over
 from tests.simulation.wires import WireEnd
 
 EXPERTS = 6
@@ -62,7 +63,10 @@ class SimExpertEngine(SimEngine):
             raise LockstepError(f"{self.id}: another change of the experts' placement is under way")
         self.coming = (rows, self.held | wanted)
         assert isinstance(carrier, WireEnd)
-        await over(carrier.begin_sum(holders))
+        try:
+            await asyncio.wait_for(over(carrier.begin_sum(holders)), GROUP_S)
+        except TimeoutError:
+            raise LockstepError(f"{self.id}: the others of {stamp} do not take part") from None
         self.world.check(all(holders[expert] for expert in wanted), f"{self.id} gets experts for {stamp} that nobody has")
 
     # -- ElasticEngine ---------------------------------------------------------------------------------------------------------
