@@ -35,6 +35,7 @@ _RAY_SETS = "OMP_NUM_THREADS"
 """Ray gives this to every worker, so that it being set says nothing about the node's wishes."""
 
 _DRAIN_POLL_S = 0.01
+_REBALANCING_POLL_S = 0.05
 
 Result = TypeVar("Result")
 
@@ -151,9 +152,14 @@ class EngineActor:
 
     @ray.method(concurrency_group="control")
     async def expert_report(self) -> ExpertReport:
-        """Where the experts of an expert-parallel model are, and how much this rank's tokens wanted each."""
-        placement, load = await asyncio.wrap_future(self._started().core.ask_engine("expert_placement", "expert_load"))
-        return ExpertReport(placement, load)
+        """Where the experts of an expert-parallel model are, and how much this rank's tokens wanted each; once no rebalancing runs."""
+        core = self._started().core
+        while True:
+            answers = await asyncio.wrap_future(core.ask_engine("expert_placement", "expert_load", "expert_traffic"))
+            placement, load, traffic = answers
+            if not traffic["is_rebalancing"]:
+                return ExpertReport(placement, load)
+            await asyncio.sleep(_REBALANCING_POLL_S)
 
     @ray.method(concurrency_group="control")
     async def allocate_stateless_group_ports(self, membership: Membership, kinds: tuple[GroupKind, ...]) -> GroupAddress:

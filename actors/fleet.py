@@ -130,7 +130,7 @@ class Fleet:
         record.group_id = group.id.hex()
         # An actor queued on a group that never gets ready hangs without an error, so the group comes first.
         if node_id != UNPLANNED:
-            await wait_ready(group, limit_s=self._timeouts.capacity_s, engine=engine)
+            await wait_ready(group, limit_s=self._timeouts.capacity_s, engine=engine, node_id=node_id)
             record.node_id = node_id
             return
         try:

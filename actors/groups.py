@@ -40,9 +40,10 @@ async def create_group(actor: str, demand: RankDemand, node_id: str) -> Placemen
     )
 
 
-async def wait_ready(group: PlacementGroup, *, limit_s: float, engine: EngineId) -> None:
-    """Wait until the group's resources are held; DeadlineError after `limit_s`."""
-    await remote_call(group.ready(), limit_s=limit_s, what=f"{engine}: its placement group")
+async def wait_ready(group: PlacementGroup, *, limit_s: float, engine: EngineId, node_id: str = UNPLANNED) -> None:
+    """Wait until the group's resources are held; DeadlineError after `limit_s`, which names the node where there is one."""
+    where = "" if node_id == UNPLANNED else f" on node {node_id}"
+    await remote_call(group.ready(), limit_s=limit_s, what=f"{engine}: its placement group{where}")
 
 
 async def node_of(group: PlacementGroup) -> str:

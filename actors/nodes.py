@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import ray
@@ -15,6 +18,9 @@ NODE_LABEL = "ray.io/node-id"
 """Ray's own label of every node; a selector on it pins a bundle."""
 
 
+_CONNECT_S = 1.0
+"""A node of the same cluster answers within milliseconds; one that is gone refuses, or says nothing."""
+_ASKED_AT_ONCE = 32
 _REMEMBER_DEAD_S = 60.0
 """A process of an actor that died longer ago is gone, and its pid may be another's."""
 
@@ -41,10 +47,28 @@ def cluster_nodes() -> list[NodeSnapshot]:
             available=available.get(row["NodeID"], {}),
             labels=row.get("Labels", {}),
             alive=row["Alive"],
+            port=row["NodeManagerPort"],
             is_draining=row["NodeID"] in draining,
         )
         for row in rows
     ]
+
+
+def unreachable(nodes: Sequence[NodeSnapshot]) -> set[str]:
+    """Ids of those whose part of Ray takes no connection: they are lost, which Ray itself notices some 15 s later."""
+
+    def is_lost(node: NodeSnapshot) -> bool:
+        try:
+            with socket.create_connection((node.ip, node.port), _CONNECT_S):
+                return False
+        except OSError:
+            return True
+
+    asked = [node for node in nodes if node.port]
+    if not asked:
+        return set()
+    with ThreadPoolExecutor(min(len(asked), _ASKED_AT_ONCE)) as threads:
+        return {node.node_id for node, lost in zip(asked, threads.map(is_lost, asked), strict=True) if lost}
 
 
 def draining_nodes() -> set[str]:

@@ -33,7 +33,7 @@ from actors.switching import GroupSwitch
 from elastic.policies import Observation, observation
 from raycore.errors import PoolError, RaycoreError
 from raycore.health import Verdict
-from raycore.ids import EngineId, Epoch, GroupStamp
+from raycore.ids import EngineId, Epoch, GroupStamp, Rank
 from raycore.membership import Departure, Membership, MemberState
 
 logger = logging.getLogger(__name__)
@@ -219,6 +219,7 @@ class PoolController:
             await self._tell(joiners, self._membership, limit_s=_FENCE_PUSH_S)
             others = [record for record in self._records.values() if record not in joiners]
             await self._tell(others, self._membership, limit_s=_FENCE_PUSH_S)
+        self._end_without_experts()
 
     async def _decide(self, membership: Membership) -> None:
         """Keep the next decision, with process groups where its members step together."""
@@ -226,7 +227,7 @@ class PoolController:
         if not prepared and membership.epoch <= self._reserved_epoch:
             membership = msgspec.structs.replace(membership, epoch=Epoch(self._reserved_epoch + 1))
         self._reserved_epoch = Epoch(max(self._reserved_epoch, membership.epoch))  # before anything is waited for
-        way_back = self.scaler.way_back(membership)
+        way_back = self.scaler.go_back(membership)
         if way_back is not None:
             membership = msgspec.structs.replace(membership, group=way_back)
         before, records = self._membership, self._records.get
@@ -239,8 +240,8 @@ class PoolController:
         return GroupSwitch(self._pool, self._timeouts, self._groups, self._membership, epoch, records)
 
     async def lose(self, engine: EngineId, cause: str) -> None:
-        """Fence and end a member that does not do its part."""
-        await self._lose(engine, cause)
+        """Fence and end a member that does not do its part; done to its end, even where its caller is cancelled by what follows from it."""
+        await asyncio.shield(self._spawn(self._lose(engine, cause)))
 
     async def _mend_groups(self) -> None:
         """Give members whose process group broke a new one, in a new epoch; what they were doing goes on in it."""
@@ -310,12 +311,10 @@ class PoolController:
             logger.error("%s of pool %s is lost: %s", engine, self._pool, cause)
             is_missed = self._membership.serves(engine)
             is_expert_parallel = self._membership.is_expert_parallel
-            await self._decide(without(self._membership, [Departure(engine, cause)]))
+            await self._decide_without(engine, cause)
             is_over = is_expert_parallel and not self._membership.members
             if is_over:
                 self._standbys.hold()
-            self._health.forget(engine)
-            self.scaler.on_lost(engine, cause)
             await self._tell(list(self._records.values()), self._membership, limit_s=_FENCE_PUSH_S)
         watch = self._watches.pop(engine, None)
         if watch is not None:
@@ -324,8 +323,26 @@ class PoolController:
             self._spawn(self.scaler.replace(engine.rank))
         await self._fleet.dispose(record)
         del self._going[engine]
-        if is_over:
-            logger.error("pool %s ends: its experts were spread over the ranks, and those of rank %d are lost", self._pool, engine.rank)
+        self._end_without_experts(engine.rank if is_over else None)
+
+    async def _decide_without(self, engine: EngineId, cause: str) -> None:
+        """The next epoch without an engine that is lost; in an expert-parallel pool the one before it joined, if all can go back there."""
+        departure = Departure(engine, cause)
+        back = self.scaler.without_joiners(self._membership, departure)
+        others = () if back is None else [m.engine for m in self._membership.members if m.engine != engine and not back.has(m.engine)]
+        await self._decide(without(self._membership, [departure]) if back is None else back)
+        self._health.forget(engine)
+        if back is None:
+            self.scaler.on_lost(engine, cause)
+        else:
+            self.scaler.on_returned([record for other in others if (record := self.let_go(other)) is not None], f"{engine} died: {cause}")
+
+    def _end_without_experts(self, only: Rank | None = None) -> None:
+        """End an expert-parallel pool that has lost a rank; `only`: it was the only one, and took no other along."""
+        others = (departure.lost_with for departure in reversed(self._membership.departed) if departure.lost_with is not None)
+        lost = next(others, None) if only is None else only
+        if lost is not None and self._down is None:
+            logger.error("pool %s ends: its experts were spread over the ranks, and those of rank %d are lost", self._pool, lost)
             self._spawn(self.shut_down(0))
 
     async def _tell(self, records: Sequence[EngineRecord], membership: Membership, *, limit_s: float, must_answer: bool = False) -> None:
@@ -424,10 +441,11 @@ class PoolController:
             "cache": {} if beat is None else beat.cache,
         }
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

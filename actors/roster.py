@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
@@ -40,6 +40,18 @@ def without(membership: Membership, causes: Sequence[Departure]) -> Membership:
     )
 
 
+def brought_back(now: Membership, before: Membership, causes: Sequence[Departure]) -> Membership:
+    """The next epoch: the members of `before` and nobody else, as they are now; whoever joined since is no member, and not mourned."""
+    was = {member.engine for member in before.members}
+    return msgspec.structs.replace(
+        now,
+        epoch=Epoch(now.epoch + 1),
+        members=tuple(member for member in now.members if member.engine in was),
+        departed=(*now.departed, *causes)[-_DEPARTURES_KEPT:],
+        joining=(),
+    )
+
+
 def newest(views: Iterable[Membership], pool: str) -> Membership:
     """The view that supersedes all others; an empty epoch 0 when there is none."""
     best = Membership(pool=pool)
@@ -66,6 +78,12 @@ def renewed(membership: Membership, epoch: Epoch) -> Membership:
 def with_joining(membership: Membership, joining: Sequence[Member]) -> Membership:
     """The next epoch, in which these are about to join."""
     return msgspec.structs.replace(membership, epoch=Epoch(membership.epoch + 1), joining=tuple(joining))
+
+
+def without_joining(membership: Membership, engines: Collection[EngineId]) -> Membership:
+    """The next epoch, in which these are not about to join any more."""
+    joining = tuple(member for member in membership.joining if member.engine not in engines)
+    return msgspec.structs.replace(membership, epoch=Epoch(membership.epoch + 1), joining=joining)
 
 
 def with_members(membership: Membership, added: Sequence[Member]) -> Membership:

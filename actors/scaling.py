@@ -1,4 +1,4 @@
-"""The driver of scaling operations: carries out what `elastic/operation.py` decides, with Ray's groups and actors."""
+"""The driver of scaling operations: what callers ask, what `elastic/operation.py` decides, and what is reported of it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import itertools
 import logging
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from actors.fleet import EngineRecord, Fleet
-from actors.lockstep import Records
+from actors.operation_work import OperationWork, Topology, put_away
 from actors.pool_observer import Observer
-from actors.pool_state import make_alike
-from actors.remote import remote_call
-from actors.roster import with_joining, with_members, with_states, without_engine
+from actors.roster import with_states
 from actors.standby import StandbyKeeper
 from actors.switching import GroupSwitch
-from actors.together import all_of
 from elastic import operation as machine
 from elastic.operation import Command, Goal, Operation, Outcome, Phase
 from raycore.client.control import ScalingReport
@@ -36,45 +33,12 @@ from raycore.errors import (
 )
 from raycore.ids import EngineId, Rank
 from raycore.load_progress import WeightProgress, added
-from raycore.membership import GroupAddress, Membership, MemberState
+from raycore.membership import Departure, GroupAddress, Membership, MemberState
 
 logger = logging.getLogger(__name__)
 
 _HISTORY = 16
 _MOST_RANKS = 10_000
-
-
-class Topology(Protocol):
-    """The controller's members, as far as scaling changes them."""
-
-    @property
-    def membership(self) -> Membership:
-        """The newest decision."""
-        ...
-
-    def record(self, engine: EngineId) -> EngineRecord | None:
-        """What is known of a member."""
-        ...
-
-    async def planned_nodes(self, count: int) -> Sequence[str]:
-        """Nodes for so many more ranks; CapacityError."""
-        ...
-
-    async def declare(self, change: Callable[[Membership], Membership], joiners: Sequence[EngineRecord] = ()) -> None:
-        """Decide the next epoch, take joiners under watch, and tell every member of before and after."""
-        ...
-
-    def let_go(self, engine: EngineId) -> EngineRecord | None:
-        """Stop watching an engine core that is to be put away."""
-        ...
-
-    async def lose(self, engine: EngineId, cause: str) -> None:
-        """Fence and end a member that does not do its part."""
-        ...
-
-    def switch(self, records: Records) -> GroupSwitch:
-        """The switch of groups that begins with the present members."""
-        ...
 
 
 class PoolScaler:
@@ -93,16 +57,16 @@ class PoolScaler:
         """Ranks that somebody asked for last."""
         self._is_replacement = False
         self._operation: Operation | None = None
-        self._joiners: dict[Rank, EngineRecord] = {}
-        self._started: list[EngineRecord] = []
-        """Joiners of the newest operation, for what is said of their weights."""
+        self._work: OperationWork | None = None
+        """The newest operation's."""
+        self._late: list[OperationWork] = []
+        """Of operations before it, whose undo was given up and may go on."""
         self._ended: asyncio.Future[ScalingReport] | None = None
         self._cause: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._switch: GroupSwitch | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._begun: set[asyncio.Task[ScalingReport]] = set()
         """Operations that nobody waits for; their ends are in the history."""
+        self._is_closed = False
         self._numbers = itertools.count(1)
         self._history: deque[Operation] = deque(maxlen=_HISTORY)
 
@@ -201,8 +165,31 @@ class PoolScaler:
     def status(self) -> list[dict[str, Any]]:
         """The running operation and the last ones, newest first, for people."""
         found = [*([] if self._operation is None else [self._operation]), *reversed(self._history)]
-        weights = [added(record.weights for record in self._started), *[WeightProgress()] * len(found)]
+        weights = [self._weights(), *[WeightProgress()] * len(found)]
         return [_status(operation, of, self._now()) for operation, of in zip(found, weights, strict=False)]
+
+    # -- from an operation's work -----------------------------------------------------------------------------------------
+
+    @property
+    def operation(self) -> Operation | None:
+        """The one that runs now."""
+        return self._operation
+
+    def answer(self, operation: Operation, phase: Phase, rank: Rank, engine: EngineId | None = None) -> None:
+        """What was left running when a phase's time was over may answer when the next operation runs."""
+        if self._operation is not None and self._operation.id == operation.id:
+            self._take(machine.answered(self._operation, phase, rank, self._now(), engine))
+
+    def fail(self, operation: Operation, error: Exception) -> None:
+        """A command went wrong, which undoes before the decision, and is in the log after it."""
+        current = self._operation
+        if current is None or current.id != operation.id:
+            return
+        if current.phase.is_decided or current.phase is Phase.ROLLING_BACK:
+            logger.error("pool %s: operation %s: %s", self._pool, operation.id, current.phase, exc_info=error)
+            return
+        self._cause = self._cause or error
+        self._take(machine.failed(current, str(error), self._now()))
 
     # -- from the controller ----------------------------------------------------------------------------------------------
 
@@ -232,27 +219,43 @@ class PoolScaler:
         if any(member.state is MemberState.LEAVING for member in members):
             await self._topology.declare(lambda membership: with_states(membership, {}, {MemberState.LEAVING: MemberState.SERVING}))
         retiring = [member.engine for member in members if member.state is MemberState.RETIRING]
-        await asyncio.gather(*(self._put_away(engine) for engine in retiring))
+        await asyncio.gather(*(put_away(engine, self._topology, self._fleet, self._timeouts) for engine in retiring))
 
     async def close(self) -> None:
-        """The pool ends: joiners are put away, whoever waits is told."""
+        """The pool ends: joiners are put away, whoever waits is told, and nothing is begun any more."""
+        self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        joiners, self._joiners = list(self._joiners.values()), {}
-        await asyncio.gather(*(self._fleet.dispose(record) for record in joiners))
+        await asyncio.gather(*(work.close() for work in (*self._late, *([] if self._work is None else [self._work]))))
+        self._operation = None
         if self._ended is not None and not self._ended.done():
             self._ended.set_exception(PoolError(f"pool {self._pool!r} was taken down while it scaled"))
+            self._ended.exception()
 
-    def way_back(self, membership: Membership) -> GroupAddress | None:
-        """The groups that the members of this next epoch have kept, if an operation that is being committed comes to nothing in it."""
-        return None if self._switch is None else self._switch.way_back(membership)
+    def without_joiners(self, now: Membership, departure: Departure) -> Membership | None:
+        """The next epoch where this loss takes an expert-parallel pool back to the members of before; None where it does not."""
+        is_told = self._switch is not None and self._switch.is_told
+        return self._switch.without_joiners(now, departure) if self._switch is not None and is_told else None
+
+    def go_back(self, membership: Membership) -> GroupAddress | None:
+        """The groups that the members of this next epoch have kept, if an operation that is being committed comes to nothing in it.
+
+        It is decided by asking: what is answered must be told.
+        """
+        return None if self._switch is None else self._switch.go_back(membership)
+
+    def on_returned(self, joiners: Sequence[EngineRecord], cause: str) -> None:
+        """The members of before are all there is, and are about to be told; these joiners are no members any more and are put away."""
+        if self._operation is not None and self._work is not None:
+            self._work.joiners.update({record.engine.rank: record for record in joiners})
+            self._take(machine.returned(self._operation, cause, self._now()))
 
     # -- one operation ----------------------------------------------------------------------------------------------------
 
     async def _begin(self, goal: Goal, *, is_replacement: bool = False) -> ScalingReport:
+        if self._is_closed:
+            message = f"pool {self._pool!r} is being taken down"
+            raise PoolError(message)
         timeouts = self._timeouts
         moving_s = timeouts.group_s + timeouts.engine_start_s if self._topology.membership.is_expert_parallel else 0.0
         limits_s = {
@@ -260,13 +263,15 @@ class PoolScaler:
             Phase.SPAWN: timeouts.engine_start_s,
             Phase.PREPARE: timeouts.control_s + (timeouts.drain_s + 2 * timeouts.group_s if goal.is_in_lockstep else 0.0) + moving_s,
             Phase.READY: timeouts.engine_start_s,  # adapters are loaded in it
-            Phase.COMMIT: timeouts.control_s,
+            # the decision is kept, everybody is told, and confirms: who does not is ended and named before the phase's time is over
+            Phase.COMMIT: timeouts.control_s * (3 if goal.is_in_lockstep else 1),
             Phase.RETIRE: timeouts.drain_s + 4 * timeouts.stop_s + timeouts.control_s,
             Phase.ROLLING_BACK: 4 * timeouts.stop_s + timeouts.control_s,
         }
         operation_id = f"{self._pool}-{next(self._numbers)}-{secrets.token_hex(2)}"
-        self._joiners, self._cause, self._switch = {}, None, None
-        self._started = []
+        self._late = [work for work in (*self._late, self._work) if work is not None and work.is_busy]
+        self._work = OperationWork(self._pool, self._topology, self._fleet, self._timeouts, self._standbys, self)
+        self._cause = None
         self._is_replacement = is_replacement
         ended: asyncio.Future[ScalingReport] = asyncio.get_running_loop().create_future()
         self._ended = ended
@@ -320,26 +325,13 @@ class PoolScaler:
         if command is Command.REPORT:
             self._report(operation)
             return
-        if command is Command.UNDO:
-            for task in list(self._tasks):
-                task.cancel()
-        goal = operation.goal
-        work: dict[Command, Callable[[], list[Coroutine[Any, Any, None]]]] = {
-            Command.RESERVE: lambda: [self._reserve(operation)],
-            Command.SPAWN: lambda: [self._start_joiner(operation, rank) for rank in goal.joining],
-            Command.PREPARE: lambda: [self._prepare_all(operation)],
-            Command.COMPARE: lambda: [self._compare(operation, engine) for engine in operation.joined],
-            Command.DECIDE: lambda: [self._decide(operation)],
-            Command.RETIRE: lambda: [*self._releases(), *(self._retire(operation, engine) for engine in goal.leaving)],
-            Command.UNDO: lambda: [self._undo(operation)],
-        }
-        for each in work[command]():
-            self._spawn(each, operation)
+        assert self._work is not None  # noqa: S101 -- it was made with the operation
+        self._work.carry_out(command, operation)
 
     def _report(self, operation: Operation) -> None:
         self._standbys.release()
         self._history.append(operation)
-        self._operation = self._switch = None
+        self._operation = None
         ended, self._ended = self._ended, None
         if ended is None or ended.done():
             return
@@ -351,13 +343,13 @@ class PoolScaler:
         if isinstance(self._cause, RaycoreError):
             error: RaycoreError = self._cause
         else:
-            phase = operation.transitions[-3].phase  # before ROLLING_BACK and UNDONE
+            phase = operation.transitions[-3].phase  # before ROLLING_BACK and UNDONE, which follow on each other
             error = ScalingError(f"operation {operation.id} was undone: {operation.error}", operation=operation.id, phase=phase)
         ended.set_exception(error)
         ended.exception()  # whoever waits raises it; if nobody does, the history has it
 
     def _result(self, operation: Operation) -> ScalingReport:
-        steps, weights = operation.transitions, added(record.weights for record in self._started)
+        steps, weights = operation.transitions, self._weights()
         return ScalingReport(
             operation=operation.id,
             ranks=tuple(engine.rank for engine in self._members()),
@@ -368,175 +360,16 @@ class PoolScaler:
             weight_bytes_from_disk=weights.from_disk_bytes,
         )
 
-    # -- what commands do -------------------------------------------------------------------------------------------------
-
-    async def _reserve(self, operation: Operation) -> None:
-        self._standbys.hold()
-        standbys = self._standbys.take(operation.goal.joining)
-        self._joiners.update(standbys)
-        ranks = [rank for rank in operation.goal.joining if rank not in standbys]
-        try:
-            nodes = await self._topology.planned_nodes(len(ranks)) if ranks else ()
-        except BaseException:
-            self._standbys.take_back([self._joiners.pop(rank) for rank in standbys])
-            raise
-        for rank in standbys:
-            self._answer(operation, Phase.RESERVE, rank)
-
-        async def reserve(rank: Rank, node_id: str) -> None:
-            record = self._joiners[rank] = self._fleet.new_record(rank)
-            await self._fleet.reserve(record, node_id)
-            self._answer(operation, Phase.RESERVE, rank)
-
-        await all_of(reserve(rank, node_id) for rank, node_id in zip(ranks, nodes, strict=True))
-
-    async def _start_joiner(self, operation: Operation, rank: Rank) -> None:
-        record = self._joiners[rank]
-        self._started.append(record)
-        members = [found for member in self._topology.membership.members if (found := self._topology.record(member.engine)) is not None]
-        await self._fleet.start(record, is_joining=True, members=members)
-        self._answer(operation, Phase.SPAWN, rank, record.engine)
-
-    async def _prepare_all(self, operation: Operation) -> None:
-        """Have everybody know who joins: from here on clients tell joiners what they tell all ranks."""
-        joining = [record.member for engine in operation.joined if (record := self._joiners[engine.rank]).member is not None]
-        if joining:
-            await self._topology.declare(lambda membership: with_joining(membership, joining))
-        leavers: tuple[EngineId, ...] = ()
-        if operation.goal.is_in_lockstep:
-            self._switch = self._topology.switch(self._record)
-            leavers = operation.goal.leaving
-        await all_of(self._prepare(operation, engine) for engine in (*operation.participants, *leavers))
-
-    async def _prepare(self, operation: Operation, engine: EngineId) -> None:
-        """A dense rank has nothing to build: it must only know the pool, and who joins. Ranks in lockstep build their groups."""
-        record = self._record(engine)
-        if record is None:
-            message = f"{engine} is no member any more"
-            raise PoolError(message)
-        ref = record.handle.set_membership.remote(self._topology.membership)
-        await remote_call(ref, limit_s=self._timeouts.control_s, what=f"{engine}: prepare", engine=engine)
-        if self._switch is not None:
-            await self._switch.prepare(operation, engine)
-        self._answer(operation, Phase.PREPARE, engine.rank)
-
-    async def _compare(self, operation: Operation, engine: EngineId) -> None:
-        """Make a joiner like the members: adapters, weight version, pause, sleep. Every member knows of it by now."""
-        await make_alike(self._joiners[engine.rank], self._topology, limit_s=self._timeouts.engine_start_s)
-        self._answer(operation, Phase.READY, engine.rank)
-
-    def _record(self, engine: EngineId) -> EngineRecord | None:
-        """Of a member or of a joiner that was spawned."""
-        joiner = self._joiners.get(engine.rank)
-        return joiner if joiner is not None and joiner.engine == engine else self._topology.record(engine)
-
-    def _releases(self) -> list[Coroutine[Any, Any, None]]:
-        return [] if self._switch is None else [self._switch.release()]
-
-    async def _switch_groups(self, operation: Operation, switch: GroupSwitch) -> None:
-        """The decision is kept by all, then all are told to go. Who does not keep it is ended, and the others go on without it."""
-        failed = await switch.keep(operation)
-        was_overtaken = self._topology.membership.epoch > switch.epoch
-        joiners = [self._joiners.pop(engine.rank) for engine in operation.joined]
-        lost = [record for record in joiners if record.engine in failed]
-        for leaver in set(operation.goal.leaving) & set(failed):  # it would hold up the vote; without it the others switch at once
-            record = self._topology.let_go(leaver)
-            if record is not None:
-                await self._fleet.dispose(record)
-        switch.is_told = True
-        stay = [record for record in joiners if record not in lost]
-        added = [record.engine for record in stay]
-        await self._topology.declare(lambda now: switch.committed(now, added), stay)
-        for record in lost:
-            self.on_lost(record.engine, str(failed[record.engine]))
-        await asyncio.gather(*(self._fleet.dispose(record) for record in lost))
-        # Overtaken by a loss, a member that was told of it first refuses the decision, rightly, and lives.
-        members = {engine for engine in operation.goal.stay if not (was_overtaken and isinstance(failed.get(engine), ScalingError))}
-        await asyncio.gather(*(self._topology.lose(engine, str(error)) for engine, error in failed.items() if engine in members))
-
-    async def _confirm(self, operation: Operation, switch: GroupSwitch, engine: EngineId) -> None:
-        """A round in the new groups; a member that does not get there is ended, unless the groups were overtaken."""
-        try:
-            await switch.confirmed(engine, switch.stamp)
-        except RaycoreError as error:
-            if self._topology.membership.group == switch.then.group:
-                await self._topology.lose(engine, f"it did not go over to the new groups: {error}")
-        self._answer(operation, Phase.COMMIT, engine.rank)
-
-    async def _decide(self, operation: Operation) -> None:
-        if self._switch is not None:
-            await self._switch_groups(operation, self._switch)
-            switch = self._switch
-            current = self._operation
-            engines = operation.participants if current is None else current.participants
-            await asyncio.gather(*(self._confirm(operation, switch, engine) for engine in engines))
-            return
-        joiners = [self._joiners.pop(engine.rank) for engine in operation.joined]
-        retiring = dict.fromkeys(operation.goal.leaving, MemberState.RETIRING)
-        added = [record.member for record in joiners if record.member is not None]
-        await self._topology.declare(lambda membership: with_states(with_members(membership, added), retiring), joiners)
-        for engine in operation.participants:
-            self._answer(operation, Phase.COMMIT, engine.rank)
-
-    async def _retire(self, operation: Operation, engine: EngineId) -> None:
-        await self._put_away(engine)
-        self._answer(operation, Phase.RETIRE, engine.rank)
-
-    async def _put_away(self, engine: EngineId) -> None:
-        """Let requests end for the drain's time; what is left moves when clients hear that the rank is no member; then the process ends."""
-        record = self._topology.record(engine)
-        if record is None:
-            return
-        if self._topology.membership.has(engine):
-            drain_s = self._timeouts.drain_s
-            try:
-                limit_s = drain_s + self._timeouts.stop_s
-                await remote_call(record.handle.drain.remote(drain_s), limit_s=limit_s, what=f"{engine}: drain", engine=engine)
-            except RaycoreError as error:
-                logger.warning("pool %s: %s did not drain: %s", self._pool, engine, error)
-            await self._topology.declare(lambda membership: without_engine(membership, engine))
-        if self._topology.let_go(engine) is not None:
-            await self._fleet.retire(record, 0.0)
-
-    async def _undo(self, operation: Operation) -> None:
-        held, switch = self._joiners, self._switch  # of this operation: the next one may begin before the last of them is put away
-        others = [task for task in self._tasks if task is not asyncio.current_task()]
-        await asyncio.gather(*others, return_exceptions=True)  # cancelled: each has put down what it held in a record
-        if switch is not None:
-            await switch.undo(operation)
-        joiners = list(held.values())
-        held.clear()
-        serving = dict.fromkeys(operation.goal.leaving, MemberState.SERVING)
-        if serving or self._topology.membership.joining:
-            await self._topology.declare(lambda membership: with_joining(with_states(membership, serving), ()))
-        await asyncio.gather(*(self._fleet.dispose(record) for record in joiners))
-        for rank in operation.waiting:
-            self._answer(operation, Phase.ROLLING_BACK, rank)
-
     # -- within -----------------------------------------------------------------------------------------------------------
 
-    def _answer(self, operation: Operation, phase: Phase, rank: Rank, engine: EngineId | None = None) -> None:
-        """What was left running when a phase's time was over may answer when the next operation runs."""
-        if self._operation is not None and self._operation.id == operation.id:
-            self._take(machine.answered(self._operation, phase, rank, self._now(), engine))
+    @property
+    def _switch(self) -> GroupSwitch | None:
+        """Of the operation that runs."""
+        return None if self._operation is None or self._work is None else self._work.switch
 
-    def _spawn(self, work: Coroutine[Any, Any, None], operation: Operation) -> None:
-        task = asyncio.create_task(self._guarded(work, operation))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _guarded(self, work: Awaitable[None], operation: Operation) -> None:
-        try:
-            await work
-        except Exception as error:
-            current = self._operation
-            if current is None or current.id != operation.id:
-                return
-            if current.phase.is_decided or current.phase is Phase.ROLLING_BACK:
-                logger.exception("pool %s: operation %s: %s", self._pool, operation.id, current.phase)
-                return
-            self._cause = self._cause or error
-            self._take(machine.failed(current, str(error), self._now()))
+    def _weights(self) -> WeightProgress:
+        """What the joiners of the newest operation got."""
+        return added(() if self._work is None else (record.weights for record in self._work.started))
 
     def _forget_begun(self, scaling: asyncio.Task[ScalingReport]) -> None:
         self._begun.discard(scaling)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -12,14 +12,14 @@ import msgspec
 from actors.fleet import EngineRecord
 from actors.lockstep import GroupMaker, Records
 from actors.remote import remote_call
-from actors.roster import with_members, without_engine
+from actors.roster import brought_back, with_members, without, without_engine
 from elastic.expert_change import plan_change
 from elastic.operation import Operation
 from raycore.config import Timeouts
 from raycore.engines.expert_change import ExpertChange, ExpertReport
 from raycore.errors import PoolError, RaycoreError
 from raycore.ids import EngineId, Epoch, GroupStamp
-from raycore.membership import GroupAddress, Handover, Membership, RankType, ReconfigureDistributedRequest
+from raycore.membership import Departure, GroupAddress, Handover, Membership, RankType, ReconfigureDistributedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,9 @@ class GroupSwitch:
         self.is_told = False
         """Members were told to go."""
         self.is_released = False
-        """All have confirmed: there is no way back."""
+        """All have confirmed, and are about to be told: there is no way back."""
+        self.is_returned = False
+        """The members were told to go back, which nothing changes any more: they will not be told to let go of the old groups."""
         self._pool = pool
         self._timeouts = timeouts
         self._groups = groups
@@ -129,9 +131,20 @@ class GroupSwitch:
         call: Any = record.handle.group_formed.remote(stamp)
         await remote_call(call, limit_s=self._timeouts.control_s, what=f"{engine}: confirmation", engine=engine)
 
+    async def until_back(self, stamp: GroupStamp) -> None:
+        """Wait until the members of before are back in their groups, and with their experts; who is not is said in the log."""
+
+        async def back(engine: EngineId) -> None:
+            call: Any = self._record(engine).handle.group_formed.remote(stamp)
+            await remote_call(call, limit_s=self._timeouts.control_s, what=f"{engine}: way back", engine=engine)
+
+        members = [member.engine for member in self.before.members]
+        for outcome in await asyncio.gather(*map(back, members), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                logger.warning("pool %s: %s", self._pool, outcome)
+
     async def release(self) -> None:
         """Every member has confirmed: have all of them let go of the groups before."""
-        self.is_released = True
 
         async def release(engine: EngineId) -> None:
             record = self._records(engine)
@@ -144,21 +157,50 @@ class GroupSwitch:
             if isinstance(outcome, BaseException):
                 logger.warning("pool %s: %s", self._pool, outcome)
 
-    def committed(self, now: Membership, joined: Sequence[EngineId]) -> Membership:
-        """What is decided: the membership that was prepared, or where somebody was lost meanwhile, the others in groups of their own."""
+    def committed(self, now: Membership, joined: Sequence[EngineId], lost: Mapping[EngineId, str]) -> Membership:
+        """What is decided: the membership that was prepared, or where somebody was lost meanwhile, the others in groups of their own.
+
+        `lost`: who did not keep the decision, and why. Experts were dealt to all who joined: without one of them the old members are what
+        is left, all of them, leavers too, for nobody was told to go yet; or the pool ends.
+        """
         there = {*joined, *(member.engine for member in now.members)}
         members = tuple(member for member in self.then.members if member.engine in there)
         if members == self.then.members and now.epoch < self.then.epoch:
             return msgspec.structs.replace(self.then, departed=now.departed)
+        if self.before.is_expert_parallel:
+            missing = next((engine for engine in self._members_before() if self._records(engine) is None), None)
+            if missing is None:
+                return brought_back(now, self.before, ())
+            return without(now, [Departure(missing, lost.get(missing, "it is gone"))])
         return msgspec.structs.replace(now, epoch=Epoch(now.epoch + 1), members=members, joining=(), group=None)
 
-    def way_back(self, membership: Membership) -> GroupAddress | None:
-        """The kept groups, where a membership is the old members again and nobody has let go of them."""
-        old = self.before.group
-        same = [member.engine for member in membership.members] == [member.engine for member in self.before.members]
-        if not self.is_told or self.is_released or old is None or not same:
+    def without_joiners(self, now: Membership, departure: Departure) -> Membership | None:
+        """The next epoch where a joiner of an expert-parallel pool is lost: the members of before, who hold every expert as they did.
+
+        None where there is no way back: a member was lost, a rank has left, or they are about to be told to let go.
+        """
+        before = self._members_before()
+        is_joiner = self.then.has(departure.engine) and departure.engine not in before
+        is_whole = self.before.group is not None and all(now.has(engine) for engine in before)
+        if not (self.before.is_expert_parallel and self._may_return and is_joiner and is_whole):
             return None
-        return msgspec.structs.replace(old, stamp=GroupStamp(membership.epoch, membership.term), goes_back=True)
+        return brought_back(now, self.before, [departure])
+
+    def go_back(self, membership: Membership) -> GroupAddress | None:
+        """Decide that the members go back to the kept groups, where a membership is the old members again and none has let go of them."""
+        same = tuple(member.engine for member in membership.members) == self._members_before()
+        if not self._may_return or not same:
+            return None
+        self.is_returned = True
+        old = self.before.group
+        return None if old is None else msgspec.structs.replace(old, stamp=GroupStamp(membership.epoch, membership.term), goes_back=True)
+
+    @property
+    def _may_return(self) -> bool:
+        return self.is_told and not self.is_released and not self.is_returned
+
+    def _members_before(self) -> tuple[EngineId, ...]:
+        return tuple(member.engine for member in self.before.members)
 
     def _record(self, engine: EngineId) -> EngineRecord:
         record = self._records(engine)
@@ -188,7 +230,11 @@ class GroupSwitch:
 
         async def ask(engine: EngineId) -> ExpertReport:
             call: Any = self._record(engine).handle.expert_report.remote()
-            return await remote_call(call, limit_s=self._timeouts.control_s, what=f"{engine}: experts", engine=engine)
+            # a rebalancing that is under way goes on beside the steps, and is waited for
+            limit_s = self._timeouts.engine_start_s
+            return await remote_call(
+                call, limit_s=limit_s, what=f"{engine}: experts, once they are where a rebalancing moves them", engine=engine
+            )
 
         reports = await asyncio.gather(*(ask(member.engine) for member in self.before.members))
         loads = {

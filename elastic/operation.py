@@ -34,7 +34,7 @@ class Phase(enum.StrEnum):
 
     @property
     def is_decided(self) -> bool:
-        """Whether the new topology will be, whatever fails."""
+        """Whether the new topology will be, whatever fails; but for `returned`."""
         return self in {Phase.COMMIT, Phase.RETIRE, Phase.DONE}
 
 
@@ -169,6 +169,16 @@ def expired(operation: Operation, now_s: float) -> Outcome:
         return _enter(msgspec.structs.replace(operation, waiting=frozenset()), _NEXT[operation.phase], now_s)
     limit_s = operation.limits_s[operation.phase]
     return failed(operation, f"{names} took longer than {limit_s:g} s", now_s)
+
+
+def returned(operation: Operation, cause: str, now_s: float) -> Outcome:
+    """The members were told to go back to where they were, for a joiner was lost on which the new topology depends: it is undone.
+
+    The one way from the decision to an undo. Who decides it has not told anybody to let go of what was before, and will not.
+    """
+    if operation.phase is not Phase.COMMIT:
+        return operation, ()
+    return _enter(msgspec.structs.replace(operation, error=f"{operation.phase}: {cause}"), Phase.ROLLING_BACK, now_s)
 
 
 def taken_over(operation: Operation, decided: Iterable[EngineId], now_s: float) -> Outcome:

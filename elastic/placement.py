@@ -29,6 +29,8 @@ class NodeSnapshot:
     available: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
     alive: bool = True
+    port: int = 0
+    """Where its part of Ray listens; 0: not known."""
     is_draining: bool = False
     """Ray takes it away soon, and starts nothing on it."""
 

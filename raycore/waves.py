@@ -135,6 +135,8 @@ class WaveStep(msgspec.Struct, frozen=True):
     """The event was of another stamp or of a wave that is over; it changed nothing."""
     has_ended: bool = False
     """A wave ended here."""
+    is_back: bool = False
+    """This rank is in the group again that it had kept, or was to leave."""
 
 
 def on_told(wave: Wave, stamp: GroupStamp) -> WaveStep:
@@ -185,7 +187,7 @@ def on_returned(wave: Wave, stamp: GroupStamp) -> WaveStep:
     if stamp <= wave.stamp:
         return WaveStep(wave, is_stale=True)
     if wave.kept:
-        return WaveStep(_fresh(wave, stamp, wave.kept))
+        return WaveStep(_fresh(wave, stamp, wave.kept), is_back=True)
     if wave.standby is not None and wave.phase in (Phase.RESTING, Phase.STEPPING):
         step = _decided(wave)
         return WaveStep(msgspec.structs.replace(step.wave, back=stamp), sends_wake=step.sends_wake)
@@ -239,7 +241,7 @@ def on_reduced(wave: Wave, stamp: GroupStamp, said: Verdict) -> WaveStep:
     if Vote.CONFIRM in said.carried:
         wave = msgspec.structs.replace(wave, is_confirming=False)
     if Vote.SWITCH in said.carried:
-        return WaveStep(_switched(wave, keeps=True))
+        return WaveStep(_switched(wave, keeps=True), is_back=wave.back is not None)
     if said.goes_on:
         steps = wave.sync_interval if said.has_work else 0
         return WaveStep(msgspec.structs.replace(wave, round=wave.round + 1, is_reducing=False, steps_due=steps))

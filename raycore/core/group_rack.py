@@ -23,6 +23,8 @@ class GroupRack:
         self.kept: GroupSet | None = None
         self._engine = as_lockstep(engine)
         self._elastic = engine if isinstance(engine, ElasticEngine) else None
+        self._has_old = False
+        """The engine switched, and keeps what it switched from; longer than the old groups, which may have broken."""
 
     @property
     def rounds(self) -> ProcessGroup:
@@ -61,8 +63,13 @@ class GroupRack:
         if before.kept and not after.kept and after.stamp == before.stamp:
             _close(self.kept)
             self.kept = None
-            if self._elastic is not None:
-                self._elastic.release()
+            self.release()
+
+    def release(self) -> None:
+        """Every member has confirmed the live groups: the engine lets go of what it switched from. Idempotent."""
+        if self._elastic is not None and self._has_old:
+            self._elastic.release()
+        self._has_old = False
 
     def close(self) -> None:
         """Leave every group. Idempotent."""
@@ -100,22 +107,27 @@ class GroupRack:
             self._engine.set_group(self.live[GroupKind.EP])
             return
         self._elastic.switch()
-        if not keeps:  # there is no way back that anybody would have to be told the end of
-            self._elastic.release()
+        self._has_old = True
 
     def _change(self, before: Wave, after: Wave) -> None:
         """Another epoch without a vote of this rank: the kept groups, or none until new ones are formed."""
-        if not (before.kept and after.phase is Phase.RESTING and after.members == before.kept and self.kept is not None):
-            self.close()
-            if before.kept and self._elastic is not None:
-                self._elastic.release()
+        if before.kept and after.phase is Phase.RESTING and after.members == before.kept and self.kept is not None:
+            _close(self.live)
+            self.live, self.kept = self.kept, None
+            if self._elastic is None:
+                self._engine.set_group(self.live[GroupKind.EP])
+            else:
+                self._elastic.switch_back()
+                self._has_old = False
             return
-        _close(self.live)
-        self.live, self.kept = self.kept, None
-        if self._elastic is None:
-            self._engine.set_group(self.live[GroupKind.EP])
-        else:
+        self.close()
+        if after.phase is not Phase.BROKEN:
+            self.release()
+        elif self._elastic is not None and self._has_old:
+            # Back without a group: the old one broke before the switch. What the engine had goes with the members, in whatever group.
             self._elastic.switch_back()
+            self._has_old = False
+            self._engine.set_group(None)
 
     def _let_go_of_live(self) -> None:
         if self.live is not None:

@@ -90,7 +90,7 @@ class Lockstep:
         self.wave = Wave(Rank(engine_id.rank), sync_interval=engine.info.sync_interval)
         self.counters = WaveCounters()
         self.on_stamp: Callable[[GroupStamp], None] = lambda _stamp: None
-        """Called when this rank is in a group and every member of it has made a round there, this one included."""
+        """Called when this rank is in a group and every member of it has made a round there, this one included; or is back in one."""
         self.wake_core: Callable[[], None] = lambda: None
         """Ends the engine core's wait from any thread."""
         self.paused_ranks = 0
@@ -217,6 +217,8 @@ class Lockstep:
     def release(self, stamp: GroupStamp) -> None:
         """Every member has confirmed these groups: the ones before them go."""
         self._apply(waves.on_released(self.wave, stamp))
+        if stamp == self.wave.stamp:
+            self._rack.release()
 
     def fail(self, stamp: GroupStamp, reason: str) -> None:
         """A collective of this stamp failed here, or its group could not be formed."""
@@ -310,7 +312,8 @@ class Lockstep:
         if (before.stamp, before.phase, before.wave) != (step.wave.stamp, step.wave.phase, step.wave.wave):
             self._changes += 1
             self._report()
-        if before.is_confirming and not step.wave.is_confirming and before.stamp == step.wave.stamp:
+        is_confirmed = before.is_confirming and not step.wave.is_confirming and before.stamp == step.wave.stamp
+        if is_confirmed or step.is_back:
             self.on_stamp(step.wave.stamp)
 
     def _note_group(self, before: Wave, after: Wave) -> None:

@@ -111,8 +111,6 @@ class Reconfigurer:
         goes_back = membership.group is not None and membership.group.goes_back
         if not goes_back:  # which needs its standby groups: all must leave the old ones at one round
             self._drop(part)
-        elif stamp is not None:
-            self._groups.confirm(stamp)
         return was_prepared
 
     def release(self, stamp: GroupStamp) -> None:

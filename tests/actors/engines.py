@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 
@@ -31,3 +32,30 @@ def fails_on_rank_1_only(*, options: dict[str, Any], **_: Any) -> Any:
         message = "this rank fails"
         raise RuntimeError(message)
     threading.Event().wait()
+
+
+def spreads_experts(**_: Any) -> Any:
+    """An engine that says that its experts are spread over the ranks."""
+    from tests.support.scripted import ScriptedEngine
+
+    return ScriptedEngine(is_expert_parallel=True)
+
+
+def holds_its_switch(*, model: str | None, options: dict[str, Any], device: str) -> Any:
+    """The torch engine; while `options["hold"]` is a file it says in another that it is to switch its groups, and never does."""
+    from raycore.engines import make_engine
+
+    own = dict(options)
+    rank, is_joining, hold = own.pop("rank"), own.pop("is_joining", False), Path(own.pop("hold"))
+    engine: Any = make_engine("torch", model, own, device, rank=rank, size=2, is_joining=is_joining)
+    switch = engine.switch
+
+    def held() -> None:
+        if hold.exists():
+            hold.with_name(f"{rank} is held").touch()
+            threading.Event().wait()
+        switch()
+
+    if is_joining:
+        engine.switch = held
+    return engine

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,11 +19,11 @@ from raycore.client.client import EngineCoreClient
 from raycore.client.control import PoolAccess
 from raycore.client.links import SocketLinks
 from raycore.config import HealthConfig, Limits, Timeouts
-from raycore.errors import ExpertsLostError, NoEngineError, PoolNotFoundError, RaycoreError
-from raycore.membership import MemberState
+from raycore.errors import EngineDeadError, ExpertsLostError, NoEngineError, PoolNotFoundError, RaycoreError, ScalingError
+from raycore.membership import Membership, MemberState
 from raycore.sampling import SamplingParams
 from raycore.tokenizer import ByteTokenizer
-from tests.actors.pools import PoolMaker, eventually, membership_when
+from tests.actors.pools import PoolMaker, ask_controller, eventually, membership_when
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -105,6 +106,82 @@ async def test_ranks_share_the_experts_any_may_leave_and_all_end_together(pools:
         client.check_invariants()
     await eventually(lambda: _is_gone(survivor), "the survivor's process has ended")
     await eventually(_nothing_is_left, "no actor and no placement group is left")
+
+
+async def test_a_joiner_lost_between_the_decision_and_the_release_takes_all_back_and_a_member_ends_the_pool(
+    pools: PoolMaker, tmp_path: Path
+) -> None:
+    from raycore.engines.torch.upcycle import upcycle
+    from tests.torch_engine.tiny import GREEDY, driver_of, prompts, save_llama
+
+    dense = save_llama(tmp_path / "dense")
+    upcycle(str(dense), str(tmp_path / "moe"))
+    asked, plain, hold = prompts(4), driver_of(dense), tmp_path / "hold"
+    long = [plain.one(prompt, LONG).tokens for prompt in asked]
+    ranks = {"0": {"rank": 0}, "1": {"rank": 1}, "2": {"rank": 2, "is_joining": True}, "3": {"rank": 3, "is_joining": True}}
+    held_ranks = {rank: {**own, "hold": str(hold if rank == "2" else tmp_path / "never")} for rank, own in ranks.items()}
+    access = await pools.open(
+        "experts",
+        engine="tests.actors.engines:holds_its_switch",
+        model=str(tmp_path / "moe"),
+        engine_options={"kv_tokens": 1024, "threads": 1, "per_rank": held_ranks},
+        num_cpus_per_engine=0.5,
+        timeouts=Timeouts(drain_s=0.2),
+        health=HealthConfig(hang_after_s=20.0, first_beat_s=60.0),
+    )
+    async with EngineCoreClient(access, _control(access), SocketLinks(access, Limits()), tokenizer=ByteTokenizer()) as client:
+
+        async def begin_held(target: int) -> tuple[Any, Membership, list[Any]]:
+            """Requests run, and the operation is decided: all are told to go, and rank 2 does not go over."""
+            hold.touch()
+            (tmp_path / "2 is held").unlink(missing_ok=True)
+            growing = asyncio.ensure_future(client.scale_elastic_ep(target))
+            await eventually(lambda: _exists(tmp_path / "2 is held"), "rank 2 is to switch", limit_s=120.0)
+            streams = [
+                asyncio.ensure_future(client.generate(prompt, LONG, data_parallel_rank=i % 2).collect()) for i, prompt in enumerate(asked)
+            ]
+            now = await membership_when("experts", lambda membership: len(membership.members) == target)
+            return growing, now, streams
+
+        placed = await client.call_all("collective_rpc", method="expert_placement")
+        growing, now, streams = await begin_held(4)
+        os.kill(now.members[2].pid, signal.SIGKILL)
+        with pytest.raises(ScalingError, match=r"was undone: commit: rank 2 .* died"):
+            await growing
+        assert client.ranks() == (0, 1)
+        assert [output.token_ids for output in await asyncio.gather(*streams)] == long
+        assert await client.call_all("collective_rpc", method="expert_placement") == placed
+        names = [name for name in named_actors("experts") if name.role is Role.ENGINE]
+        assert (len(names), len(pool_groups("experts"))) == (2, 2), "the other joiner is put away too"
+
+        hold.unlink()
+        await client.operations.pause_scheduler(mode="keep")  # so that the rebalancing waits
+        moved = {"placement": {"*": [[2, 3], [0, 1]]}, "bytes_per_step": 1}
+        await client.call_all("collective_rpc", method="rebalance_experts", kwargs=moved)
+        growing = asyncio.ensure_future(client.scale_elastic_ep(3))
+        await eventually(_is_preparing, "the operation has to wait for the rebalancing", limit_s=120.0)
+        await client.operations.resume_scheduler()
+        assert (await growing).ranks == (0, 1, 2)
+        again = [client.generate(prompt, GREEDY, data_parallel_rank=i % 3).collect() for i, prompt in enumerate(asked)]
+        assert [output.token_ids for output in await asyncio.gather(*again)] == [plain.one(prompt, GREEDY).tokens for prompt in asked]
+        assert (await client.scale_elastic_ep(2)).ranks == (0, 1)
+
+        growing, now, streams = await begin_held(3)
+        os.kill(now.members[0].pid, signal.SIGKILL)
+        outcomes = await asyncio.gather(*streams, return_exceptions=True)
+        assert [outcome.rank for outcome in outcomes if isinstance(outcome, EngineDeadError)] == [0] * len(asked)
+        assert all(isinstance(outcome, ExpertsLostError) for outcome in outcomes[1::2]), "those of rank 1, which lives"
+        with pytest.raises(RaycoreError, match=r"rank 0|taken down|no controller"):
+            await growing
+    await eventually(_nothing_is_left, "no actor and no placement group is left")
+
+
+async def _is_preparing() -> bool:
+    return (await ask_controller("experts", "status"))["operations"][0]["phase"] == "prepare"
+
+
+async def _exists(path: Path) -> bool:
+    return await asyncio.to_thread(path.exists)
 
 
 def _control(access: PoolAccess) -> RayControlPlane:

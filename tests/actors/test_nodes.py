@@ -187,3 +187,12 @@ async def test_a_node_that_is_lost_takes_its_rank_and_a_standby_replaces_it(seco
             outputs = await asyncio.gather(*(stream.collect() for stream in streams))
         assert all(expected([5, 6, n], 400)[-len(output.token_ids) :] == output.token_ids for n, output in enumerate(outputs))
         assert (await client.scale_elastic_ep(1)).ranks[0] in (0, 1)
+
+
+async def test_nothing_is_placed_on_a_node_that_is_lost_and_looks_alive(second_node: SecondNode, pools: PoolMaker) -> None:
+    await pools.open("unnoticed", **{**SPREAD, "data_parallel_size": 1, "timeouts": {"capacity_s": 10.0}}, num_cpus_per_engine=0.5)
+    async with connect("unnoticed") as client:
+        await asyncio.to_thread(second_node.take_away)
+        assert any(row["NodeID"] == second_node.id and row["Alive"] for row in ray.nodes()), "Ray has not noticed"
+        assert (await client.scale_elastic_ep(3)).ranks == (0, 1, 2)
+        assert second_node.id not in (await node_of_each_rank("unnoticed")).values()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from actors.roster import adopt, first_membership, newest, without
+from actors.roster import adopt, brought_back, first_membership, newest, without, without_joining
 from raycore.engine import EngineInfo
-from raycore.ids import EngineId, Incarnation, Rank
+from raycore.ids import EngineId, Epoch, Incarnation, Rank
 from raycore.membership import Departure, Endpoints, Member, Membership
 
 INFO = EngineInfo("echo", "echo", 257, 64, 64, ("generate",))
@@ -82,3 +82,16 @@ def test_a_new_controller_fences_who_did_not_answer(first: Membership) -> None:
 def test_a_pool_that_was_never_up_is_adopted_as_empty() -> None:
     found = adopt([Membership("pool"), Membership("pool")], {member(0).engine}, "pool", "gone")
     assert found.members == ()
+
+
+def test_a_pool_that_is_brought_back_has_its_old_members_as_they_are_now_and_mourns_only_the_lost(first: Membership) -> None:
+    grown = msgspec.structs.replace(first, epoch=Epoch(5), members=(*first.members, member(3), member(4)), joining=(member(5),))
+    back = brought_back(grown, first, [Departure(member(3).engine, "killed")])
+    assert (back.epoch, back.members, back.joining) == (6, first.members, ())
+    assert back.departed == (Departure(member(3).engine, "killed"),)
+    assert not back.lost_with_another()
+
+
+def test_an_operation_takes_its_own_joiners_out_of_the_membership(first: Membership) -> None:
+    both = msgspec.structs.replace(first, joining=(member(3), member(4)))
+    assert without_joining(both, {member(3).engine}).joining == (member(4),)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from raycore.core.grouping import GroupKeeper
@@ -15,7 +16,7 @@ from raycore.engines.torch import expert_slots
 from raycore.engines.torch.upcycle import upcycle
 from raycore.errors import LockstepError, ScalingError
 from raycore.groups import ProcessGroup
-from raycore.ids import Term
+from raycore.ids import Epoch, GroupStamp, Term
 from raycore.membership import Handover
 from raycore.sampling import SamplingParams
 from tests.support.lockstep import LockstepPool, client_of, lockstep_pool
@@ -183,3 +184,32 @@ async def test_a_leaver_that_dies_after_the_decision_has_handed_its_experts_over
         three.go(then, operation="next")
         await asyncio.to_thread(three.confirmed, then)
         assert (await client.generate(PROMPTS[3], LONG).collect()).token_ids == expected[3]
+
+
+async def test_a_joiner_lost_at_the_switch_takes_the_others_back_to_their_groups_and_experts(
+    mixture: Path, expected: list[list[int]]
+) -> None:
+    with lockstep_pool(2, mixture=mixture, joiners=2) as pool:
+        before, had = pool.membership, experts(pool, 0, 1)
+        async with client_of(pool, 0, 1) as client:
+            begun, streams = await begin(pool, client)
+            then = await asyncio.to_thread(pool.prepare, 0, 1, 2)
+            pool.end(2)
+            pool.go(then)
+            assert before.group is not None
+            assert then.group is not None
+            switched = then.group.stamp
+            await until(lambda: pool.lockstep(0).wave.stamp == switched, "rank 0 has switched")
+            back = msgspec.structs.replace(before.group, stamp=GroupStamp(Epoch(then.epoch + 1), Term(1)), goes_back=True)
+            pool.membership = msgspec.structs.replace(before, epoch=back.stamp.epoch, group=back)
+            for rank in (0, 1):
+                pool.hosts[rank].set_membership(pool.membership)
+            for rank in (0, 1):
+                await asyncio.to_thread(pool.hosts[rank].groups.formed(back.stamp).result, LIMIT_S)
+            assert experts(pool, 0, 1) == had
+            assert await ends(begun, streams) == expected[:2]
+            then = await asyncio.to_thread(pool.prepare, 0, 1, 3, operation="next")
+            pool.go(then, operation="next")
+            await asyncio.to_thread(pool.confirmed, then)
+            assert (await client.generate(PROMPTS[2], LONG, data_parallel_rank=3).collect()).token_ids == expected[2]
+        assert held(pool, 0, 1, 3) == ALL

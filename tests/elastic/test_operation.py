@@ -31,6 +31,7 @@ def successors(state: Operation) -> list[tuple[str, Operation, tuple[Command, ..
         found.append((f"death {rank}", *scaling.died(state, engine(rank), "killed", 0.0)))
     found.append(("failure", *scaling.failed(state, "no room", 0.0)))
     found.append(("cancel", *scaling.cancelled(state, 0.0)))
+    found.append(("return", *scaling.returned(state, "a joiner died", 0.0)))
     found.append(("expiry", *scaling.expired(state, 100.0)))
     found.append(("early expiry", *scaling.expired(state, 0.0)))
     if not state.phase.is_end:
@@ -44,7 +45,7 @@ def identity(state: Operation) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("goal", GOALS, ids=["grow", "shrink", "both"])
-def test_every_order_of_events_ends_in_one_of_two_ends_and_never_turns_back_after_the_decision(goal: Goal) -> None:
+def test_every_order_of_events_ends_in_one_of_two_ends_and_never_turns_back_after_the_decision_but_to_where_it_was(goal: Goal) -> None:
     first, _ = scaling.begin("op", goal, LIMITS, 0.0)
     seen = {identity(first)}
     ahead = [first]
@@ -53,7 +54,9 @@ def test_every_order_of_events_ends_in_one_of_two_ends_and_never_turns_back_afte
         state = ahead.pop()
         leads_on = False
         for event, after, commands in successors(state):
-            if state.phase.is_decided:
+            if event == "return":
+                assert (after.phase is Phase.ROLLING_BACK) == (state.phase in {Phase.COMMIT, Phase.ROLLING_BACK})
+            elif state.phase.is_decided:
                 assert after.phase.is_decided, f"{event} undid a decided operation"
             if state.phase is Phase.ROLLING_BACK:
                 assert after.phase in {Phase.ROLLING_BACK, Phase.UNDONE}, f"{event} revived an undone operation"
@@ -149,3 +152,17 @@ def test_a_new_controller_finishes_what_was_decided_and_undoes_what_was_not() ->
     finished, commands = scaling.taken_over(state, [engine(0)], 0.0)
     assert finished.phase is Phase.COMMIT
     assert commands == (Command.DECIDE,)
+
+
+def test_only_what_is_being_committed_can_come_back_and_says_why() -> None:
+    state, _ = scaling.begin("op", GROW, LIMITS, 0.0)
+    for phase in (Phase.RESERVE, Phase.SPAWN, Phase.PREPARE, Phase.READY):
+        assert scaling.returned(state, "rank 2 died", 0.0) == (state, ())
+        for rank in sorted(state.waiting):
+            state, _ = scaling.answered(state, phase, rank, 0.0, engine(rank) if phase is Phase.SPAWN else None)
+    assert state.phase is Phase.COMMIT
+    back, commands = scaling.returned(state, "rank 2 died", 0.0)
+    assert (back.phase, back.error, commands) == (Phase.ROLLING_BACK, "commit: rank 2 died", (Command.UNDO,))
+    for rank in sorted(state.waiting):
+        state, _ = scaling.answered(state, Phase.COMMIT, rank, 0.0)
+    assert scaling.returned(state, "rank 2 died", 0.0) == (state, ()), "released"

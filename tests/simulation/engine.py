@@ -18,11 +18,11 @@ from raycore.engine import EngineInfo
 from raycore.errors import LockstepError, RaycoreError
 from raycore.groups import EPOCH_KINDS, GroupKind, GroupSet, ProcessGroup
 from raycore.ids import EngineId, GroupStamp, Term
-from raycore.membership import Endpoints, GroupAddress, Member, Membership, RankType, ReconfigureDistributedRequest
+from raycore.membership import Endpoints, GroupAddress, Handover, Member, Membership, RankType, ReconfigureDistributedRequest
 from raycore.messages import Wake
 from raycore.participation import Part, Participation, Stage
 from raycore.pool_state import PoolState
-from tests.simulation.wires import Wire, WireEnd
+from tests.simulation.wires import Wire, WireEnd, Work
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -41,9 +41,10 @@ class Admitted:
 class SimEngine:
     """What an engine actor is, without threads: calls run as coroutines, what touches the wave is posted to the loop's next turn."""
 
-    def __init__(self, world: World, engine: EngineId, group_id: str, sync_interval: int) -> None:
+    def __init__(self, world: World, engine: EngineId, group_id: str, sync_interval: int, *, is_expert_parallel: bool = False) -> None:
         self.world, self.id, self.group_id = world, engine, group_id
-        self.info = EngineInfo("sim", "sim", 1000, 4096, 1 << 20, ("generate",), sync_interval=sync_interval)
+        kinds = {"sync_interval": sync_interval, "is_expert_parallel": is_expert_parallel}
+        self.info = EngineInfo("sim", "sim", 1000, 4096, 1 << 20, ("generate",), **kinds)
         self.member = Member(engine, Endpoints("h", f"r{engine}", f"b{engine}"), self.info, world.next_pid())
         self.membership = Membership("sim")
         self.kept: Membership | None = None
@@ -124,21 +125,23 @@ class SimEngine:
         assert group is not None
         await asyncio.sleep(STEP_S)
         await self.thaw()
-        values = np.array([self.steps], np.int64)
+        word = self.word()
+        values = np.array([self.steps, word], np.int64)
         try:
-            work = group.begin_sum(values)
-            over = asyncio.Event()
-            work.notify(over.set)
-            await over.wait()
-            work.wait(0.0)
+            await over(group.begin_sum(values))
         except LockstepError as error:
             lockstep.fail(lockstep.wave.stamp, str(error))
             return
+        self.world.check(values[1] == word * group.size, f"{self.id}: another rank believes in another placement of experts")
         self.world.check(values[0] == self.steps * group.size, f"{self.id}: step {self.steps} here, {values[0] / group.size} on average")
         self.steps += 1
         if has_work:
             self._publish()
         lockstep.stepped(was_idle=not has_work)
+
+    def word(self) -> int:
+        """What every step tells, and must be the same at all ranks."""
+        return 0
 
     def _look(self, lockstep: Lockstep) -> None:
         """Whether this rank is where it was told to be, and went there with the others."""
@@ -223,15 +226,13 @@ class SimEngine:
                 future = self.formed.pop(older)
                 if not future.done():
                     future.set_exception(LockstepError(f"{older} was overtaken by {stamp}"))
-        if group is not None and group.goes_back:
-            self._confirm(group.stamp)
-        else:
+        if group is None or not group.goes_back:
             self._drop(part)
         return was_prepared
 
     async def allocate_stateless_group_ports(self, membership: Membership, kinds: tuple[GroupKind, ...]) -> GroupAddress:
         stamp = GroupStamp(membership.epoch, membership.term)
-        self.world.open_stores(stamp, self.id)
+        self.world.open_stores(stamp, self.id, is_handover=GroupKind.HANDOVER in kinds)
         return GroupAddress(stamp, "h", {str(kind): 1 for kind in kinds})
 
     async def group_formed(self, stamp: GroupStamp) -> None:
@@ -271,6 +272,7 @@ class SimEngine:
         self.world.check(term >= self.membership.term, f"{self.id} of term {self.membership.term} does what one of term {term} says")
 
     async def release_groups(self, stamp: GroupStamp) -> None:
+        self.world.check(stamp not in self.world.returned, f"{self.id} is told to let go of what was before {stamp}, and to go back to it")
         self.part = participation.on_released(self.part, stamp).state
         lockstep = self.lockstep
         assert lockstep is not None
@@ -342,6 +344,10 @@ class SimEngine:
                 assert group is not None
                 self.begun.add(stamp)
                 groups = await self._meet(request.membership, group)
+            if request.handover is not None:
+                groups = (groups or GroupSet(stamp, {})).with_group(GroupKind.HANDOVER, await self._meet_leavers(request, request.handover))
+            if groups is not None and request.expert_plan is not None:
+                await self.prepare_experts(request, stamp, groups)
             await self.world.hop(f"{self.id} has built {stamp}")
             await self.thaw()
             ranks = tuple(member.engine.rank for member in request.membership.members)
@@ -360,11 +366,34 @@ class SimEngine:
         else:
             built.set_result(None)
 
+    async def prepare_experts(self, request: ReconfigureDistributedRequest, stamp: GroupStamp, groups: GroupSet) -> None:
+        """Nothing where experts are not spread."""
+
+    async def _meet_leavers(self, request: ReconfigureDistributedRequest, handover: Handover) -> ProcessGroup:
+        known = {member.engine.rank: member.engine for member in (*self.membership.members, *request.membership.members)}
+        if not set(handover.ranks) <= set(known):
+            raise LockstepError(f"the others of {handover.address.stamp} are no members any more")
+        members = tuple(known[rank] for rank in handover.ranks)
+        wire = (await self.world.meet(handover.address.stamp, members, self, is_handover=True))[GroupKind.EPLB]
+        end = WireEnd(wire, self.id)
+        self.ends.append(end)
+        if not self.is_alive:
+            wire.cut()
+        return end
+
     def _drop(self, part: Part) -> None:
         stamp, lockstep = part.drops, self.lockstep
         if stamp is not None and lockstep is not None:
             self.world.close_stores(stamp, self.id)
             self.post(lambda: lockstep.drop_standby(stamp))
+
+
+async def over(work: Work) -> None:
+    """Until a collective has ended; LockstepError when it failed."""
+    ended = asyncio.Event()
+    work.notify(ended.set)
+    await ended.wait()
+    work.wait(0.0)
 
 
 def wires_of(stamp: GroupStamp, members: tuple[EngineId, ...]) -> dict[GroupKind, Wire]:

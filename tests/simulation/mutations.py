@@ -10,7 +10,8 @@ from unittest import mock
 
 import msgspec
 
-from actors import pool_controller, scaling
+from actors import operation_work, pool_controller, scaling
+from actors.operation_work import OperationWork
 from actors.scaling import PoolScaler
 from actors.switching import GroupSwitch
 from elastic import operation as machine
@@ -21,6 +22,7 @@ from raycore.ids import Epoch
 from raycore.membership import Membership, MemberState
 from raycore.participation import Part
 from raycore.waves import Verdict, Wave, WaveStep
+from tests.simulation.experts import SimExpertEngine
 
 Mutation = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -101,13 +103,13 @@ def an_answer_counts_for_another_phase() -> contextlib.AbstractContextManager[An
 
 
 def joiners_are_not_put_away() -> contextlib.AbstractContextManager[Any]:
-    real = PoolScaler._undo
+    real = OperationWork._undo
 
-    async def forgets(self: PoolScaler, operation: Operation) -> None:
-        self._joiners = {}
+    async def forgets(self: OperationWork, operation: Operation) -> None:
+        self.joiners = {}
         await real(self, operation)
 
-    return mock.patch.object(PoolScaler, "_undo", forgets)
+    return mock.patch.object(OperationWork, "_undo", forgets)
 
 
 def leavers_do_not_serve_again() -> contextlib.AbstractContextManager[Any]:
@@ -116,8 +118,8 @@ def leavers_do_not_serve_again() -> contextlib.AbstractContextManager[Any]:
         kept = {engine: state for engine, state in changes.items() if state is not back}
         return real(membership, kept, {} if was is None else was)
 
-    real = scaling.with_states
-    return mock.patch.object(scaling, "with_states", keeps)
+    real = operation_work.with_states
+    return mock.patch.object(operation_work, "with_states", keeps)
 
 
 def leavers_take_new_requests() -> contextlib.AbstractContextManager[Any]:
@@ -136,7 +138,7 @@ def an_answer_counts_for_the_next_operation() -> contextlib.AbstractContextManag
         if self._operation is not None:
             self._take(machine.answered(self._operation, phase, rank, self._now(), engine))
 
-    return mock.patch.object(PoolScaler, "_answer", counts)
+    return mock.patch.object(PoolScaler, "answer", counts)
 
 
 def a_refusal_is_a_loss() -> contextlib.AbstractContextManager[Any]:
@@ -152,7 +154,7 @@ def what_failed_leaves_others_running() -> contextlib.AbstractContextManager[Any
     async def gather(work: Any) -> Any:
         return await asyncio.gather(*work)
 
-    return mock.patch.object(scaling, "all_of", gather)
+    return mock.patch.object(operation_work, "all_of", gather)
 
 
 def a_successor_takes_the_oldest_view() -> contextlib.AbstractContextManager[Any]:
@@ -175,6 +177,26 @@ def epochs_are_used_twice() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(pool_controller.PoolController, "_decide", decide)
 
 
+def a_lost_joiner_ends_the_pool() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(GroupSwitch, "without_joiners", return_value=None)
+
+
+def who_went_back_is_told_to_let_go() -> contextlib.AbstractContextManager[Any]:
+    real = PoolScaler.on_returned
+
+    def on_returned(self: PoolScaler, joiners: Any, cause: str) -> None:
+        switch = self._switch
+        real(self, joiners, cause)
+        if switch is not None and self._operation is not None and self._work is not None:
+            self._work.spawn(switch.release(), self._operation)
+
+    return mock.patch.object(PoolScaler, "on_returned", on_returned)
+
+
+def experts_are_not_taken_back() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(SimExpertEngine, "switch_back", SimExpertEngine.release)
+
+
 ALL: tuple[Mutation, ...] = (
     an_undo_is_not_sent,
     an_undo_does_not_drop,
@@ -194,6 +216,9 @@ ALL: tuple[Mutation, ...] = (
     what_failed_leaves_others_running,
     a_successor_takes_the_oldest_view,
     epochs_are_used_twice,
+    a_lost_joiner_ends_the_pool,
+    who_went_back_is_told_to_let_go,
+    experts_are_not_taken_back,
 )
 
 QUICK: tuple[Mutation, ...] = (
@@ -209,5 +234,7 @@ QUICK: tuple[Mutation, ...] = (
     leavers_take_new_requests,
     what_failed_leaves_others_running,
     a_successor_takes_the_oldest_view,
+    a_lost_joiner_ends_the_pool,
+    who_went_back_is_told_to_let_go,
 )
 """Found within some tens of seeds; `python -m tests.simulation --mutations` tries all."""

@@ -21,6 +21,10 @@ FAULTS = ("crash", "crash", "freeze", "hang", "controller", "controller", "cance
 PHASES = (*(phase for phase in Phase if not phase.is_end), Phase.SPAWN, Phase.PREPARE, Phase.COMMIT)
 """Where faults of a phase strike; three of them more often, for most is under way there."""
 _FAULTS_OF_A_PHASE = 0.5
+_EXPERT_PARALLEL = 0.2
+"""Of all pools."""
+_AT_THE_SWITCH = 0.6
+"""Of those have nothing but the loss of a joiner around the switch, after which there may be a way back."""
 _SETTLED_S = 300.0
 _LOOK_S = 0.25
 _CANCELS = 8
@@ -42,7 +46,13 @@ def run(seed: int) -> Outcome:
     """Run a schedule; the same seed is the same run."""
     rng = random.Random(f"schedule {seed}")
     faults = {rng.randrange(1, 140): rng.choice(FAULTS) for _ in range(rng.choice((0, 1, 1, 1, 2, 2)))}
-    world = World(seed, sync_interval=rng.choice((0, 1, 1, 1, 2)), faults={})
+    sync_interval = rng.choice((0, 1, 1, 1, 2))
+    experts = random.Random(f"experts {seed}")
+    is_expert_parallel = experts.random() < _EXPERT_PARALLEL
+    if is_expert_parallel:
+        sync_interval = max(1, sync_interval)
+        faults = faults if experts.random() > _AT_THE_SWITCH else {}
+    world = World(seed, sync_interval=sync_interval, faults={}, is_expert_parallel=is_expert_parallel)
     logging.disable(logging.CRITICAL)
     problems: list[str] = []
     try:
@@ -77,13 +87,21 @@ def _end(world: World) -> None:
 
 async def _schedule(world: World, rng: random.Random, faults: dict[int, str]) -> None:
     controller = world.controller = Controller(world)
-    size = rng.randrange(1, 4)
+    size = world.size = rng.randrange(1, 4)
     controller.pool._setup = _sized(controller, size)
     world.is_calm = True
     await controller.pool.start()
     controller.is_known = True
     world.is_calm, world.hops, world.faults = False, 0, faults
-    if rng.random() < _FAULTS_OF_A_PHASE:
+    if world.is_expert_parallel and not faults:
+        world.at_phase = {
+            Phase.COMMIT: (
+                rng.choice(("crash", "crash", "hang", "freeze", "controller")),
+                "joiner",
+                rng.uniform(0.0, rng.choice((0.03, 0.3))),
+            )
+        }
+    elif rng.random() < _FAULTS_OF_A_PHASE:
         after_s = rng.uniform(0.0, rng.choice((0.005, 0.25)))
         world.at_phase = {rng.choice(PHASES): (rng.choice(FAULTS), rng.choice(("joiner", "member", "leaver")), after_s)}
     load = world.spawn(_load(world, rng.randrange(4, 12)))
@@ -96,7 +114,8 @@ async def _schedule(world: World, rng: random.Random, faults: dict[int, str]) ->
     await world.sleep(0.5)
     await _settled(world, "after the operation")
     world.is_calm = True
-    await _next_one(world, rng)
+    if not world.is_over():
+        await _next_one(world, rng)
 
 
 async def _load(world: World, requests: int) -> None:
@@ -121,7 +140,7 @@ async def _operate(world: World, rng: random.Random, size: int) -> None:
     while not world.controller.is_known:  # what the controller actor's calls wait for
         await world.sleep(0.1)
     scaler = world.controller.pool.scaler
-    choice = rng.random() if size > 1 else 1.0
+    choice = rng.random() if size > 1 and Phase.COMMIT not in world.at_phase else 1.0
     try:
         if choice < 0.25:
             await scaler.remove([rng.randrange(size)])
@@ -129,7 +148,8 @@ async def _operate(world: World, rng: random.Random, size: int) -> None:
             engines = [member.engine for member in world.controller.pool.membership.members]
             await scaler.evacuate(engines[: rng.choice((1, len(engines)))])
         else:
-            await scaler.scale(rng.choice([target for target in (1, 2, 3, 4) if target != size]))
+            least = size if world.is_expert_parallel and Phase.COMMIT in world.at_phase else 1
+            await scaler.scale(rng.choice([target for target in (1, 2, 3, 4) if target != size and target >= least]))
     except RaycoreError as error:
         world.note(f"the operation ended: {error}")
     else:

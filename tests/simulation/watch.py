@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.operation import Operation, Outcome, Phase
 from raycore.ids import EngineId
+from raycore.membership import Membership
 from raycore.participation import Stage
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ class Watch:
         self._scaler: Any = controller.pool.scaler
         self._lost: set[EngineId] = set()
         self._seen: dict[str, int] = {}
-        self._take, self._on_lost, self._answer = self._scaler._take, self._scaler.on_lost, self._scaler._answer
-        self._scaler._take, self._scaler.on_lost, self._scaler._answer = self.take, self.on_lost, self.answer
+        self._take, self._on_lost, self._answer = self._scaler._take, self._scaler.on_lost, self._scaler.answer
+        self._scaler._take, self._scaler.on_lost, self._scaler.answer = self.take, self.on_lost, self.answer
+        self._pool: Any = controller.pool
+        self._decide, self._pool._decide = self._pool._decide, self.decide
         self._lose, controller.pool.lose = controller.pool.lose, self.lose  # type: ignore[method-assign]
 
     def take(self, outcome: Outcome) -> None:
@@ -50,10 +53,26 @@ class Watch:
 
     async def lose(self, engine: EngineId, cause: str) -> None:
         """Only who does not answer is ended; who refuses lives, and says why."""
-        found = self._world.engines[engine]
-        is_sound = found.is_alive and found.frozen_until_s <= self._world.loop.time()
-        self._world.check(not is_sound or "longer than" in cause, f"{engine} answers, and is ended: {cause}")
+        self._world.check(not self._is_sound(engine) or "longer than" in cause, f"{engine} answers, and is ended: {cause}")
         await self._lose(engine, cause)
+
+    async def decide(self, membership: Membership) -> None:
+        """A pool ends with a rank that it cannot do without, and with no joiner that it can."""
+        before, operation, switch = self._pool.membership, self._scaler._operation, self._scaler._switch
+        await self._decide(membership)
+        now = self._pool.membership
+        if switch is not None and now.group is not None and now.group.goes_back:
+            self._world.returned.add(switch.stamp)
+        if now.lost_with_another() and not before.lost_with_another() and not self._controller.is_dead:
+            is_committed = operation is not None and operation.phase is Phase.COMMIT and not operation.goal.leaving
+            stay = () if operation is None else operation.goal.stay
+            is_late = any("longer than" in departure.cause for departure in now.departed)
+            is_whole = is_committed and not is_late and all(self._is_sound(engine) for engine in stay)
+            self._world.check(not is_whole, f"the pool ends, and {stay} have all that they had: {now.departed}")
+
+    def _is_sound(self, engine: EngineId) -> bool:
+        found = self._world.engines[engine]
+        return found.is_alive and found.frozen_until_s <= self._world.loop.time()
 
     def answer(self, *arguments: Any) -> None:
         self._answer(*arguments)
@@ -66,7 +85,8 @@ class Watch:
 
     def _check(self, operation: Operation, phase: Phase, before: list[Phase]) -> None:
         if phase in (Phase.ROLLING_BACK, Phase.UNDONE):
-            self._hold(operation, not any(each.is_decided for each in before), f"it was decided, and is {phase}")
+            went_back = self._scaler._switch is not None and self._scaler._switch.is_returned and self._world.is_expert_parallel
+            self._hold(operation, went_back or not any(each.is_decided for each in before), f"it was decided, and is {phase}")
         if phase is Phase.COMMIT:
             self._check_decision(operation)
 
@@ -86,7 +106,7 @@ class Watch:
             self._hold(operation, not unready, f"it is decided, and {unready} are not ready")
 
     def _people(self, operation: Operation) -> dict[str, list[EngineId]]:
-        joiners = [record.engine for record in self._scaler._joiners.values()]
+        joiners = [record.engine for record in self._scaler._work.joiners.values()]
         return {"joiner": joiners, "member": list(operation.goal.stay), "leaver": list(operation.goal.leaving)}
 
     def _hold(self, operation: Operation, holds: bool, text: str) -> None:

@@ -29,6 +29,7 @@ from raycore.messages import Beat, Wake
 from raycore.waves import Phase as WavePhase
 from tests.simulation.client import SimClient
 from tests.simulation.engine import GROUP_S, SimEngine, wires_of
+from tests.simulation.experts import SimExpertEngine
 from tests.simulation.virtual_loop import VirtualLoop
 from tests.simulation.watch import Watch
 from tests.simulation.wires import Wire
@@ -121,10 +122,10 @@ class SimFleet:
         await self._controller.lives(f"{record.engine} has its group")
 
     async def start(self, record: EngineRecord, *, is_joining: bool = False, members: Sequence[EngineRecord] = ()) -> None:
-        del is_joining, members  # engines of the simulation share no weights
+        del members  # engines of the simulation share no weights
         world, engine = self._world, record.engine
         record.handle = Handle(self._controller, engine)
-        found = world.engines[engine] = SimEngine(world, engine, record.group_id, world.sync_interval)
+        found = world.engines[engine] = world.new_engine(engine, record.group_id, is_joining=is_joining)
         world.spawn(found.run())
         await self._controller.lives(f"{engine} starts", engine)
         await world.sleep(0.2)
@@ -196,8 +197,11 @@ class SimHealth:
 class World:
     """One schedule: a seed, what goes wrong and when, and all that is there."""
 
-    def __init__(self, seed: int, *, sync_interval: int, faults: dict[int, str]) -> None:
+    def __init__(self, seed: int, *, sync_interval: int, faults: dict[int, str], is_expert_parallel: bool = False) -> None:
         self.seed, self.sync_interval, self.faults = seed, sync_interval, faults
+        self.is_expert_parallel = is_expert_parallel
+        self.size = 0
+        """Ranks that the pool starts with."""
         self.random = random.Random(seed)
         self.loop = VirtualLoop()
         self.engines: dict[EngineId, SimEngine] = {}
@@ -213,10 +217,18 @@ class World:
         self.is_calm = False
         """Nothing goes wrong any more."""
         self._pids = itertools.count(1)
-        self._stores: dict[GroupStamp, tuple[EngineId, dict[EngineId, asyncio.Future[Any]]]] = {}
+        self.returned: set[GroupStamp] = set()
+        """Groups that were decided, and gone back from."""
+        self._stores: dict[tuple[GroupStamp, bool], tuple[EngineId, dict[EngineId, asyncio.Future[Any]]]] = {}
+        """By stamp, those where leavers meet the others apart."""
         self._switches: dict[tuple[GroupStamp, GroupStamp], list[int]] = {}
         self._channels: dict[EngineId, float] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    def new_engine(self, engine: EngineId, group_id: str, *, is_joining: bool) -> SimEngine:
+        if self.is_expert_parallel:
+            return SimExpertEngine(self, engine, group_id, self.sync_interval, is_joining=is_joining, size=self.size)
+        return SimEngine(self, engine, group_id, self.sync_interval)
 
     def next_pid(self) -> int:
         return next(self._pids)
@@ -381,21 +393,23 @@ class World:
 
     # -- where groups meet ----------------------------------------------------------------------------------------------------
 
-    def open_stores(self, stamp: GroupStamp, leader: EngineId) -> None:
-        self._stores.setdefault(stamp, (leader, {}))
+    def open_stores(self, stamp: GroupStamp, leader: EngineId, *, is_handover: bool = False) -> None:
+        self._stores.setdefault((stamp, is_handover), (leader, {}))
 
     def close_stores(self, stamp: GroupStamp, engine: EngineId) -> None:
-        store = self._stores.get(stamp)
-        if store is not None and store[0] == engine:
-            del self._stores[stamp]
+        for is_handover in (False, True):
+            store = self._stores.get((stamp, is_handover))
+            if store is None or store[0] != engine:
+                continue
+            del self._stores[stamp, is_handover]
             for waiting in store[1].values():
                 if not waiting.done():
                     waiting.set_exception(LockstepError(f"the stores of {stamp} were closed"))
 
-    async def meet(self, stamp: GroupStamp, members: tuple[EngineId, ...], me: SimEngine) -> dict[Any, Wire]:
+    async def meet(self, stamp: GroupStamp, members: tuple[EngineId, ...], me: SimEngine, *, is_handover: bool = False) -> dict[Any, Wire]:
         await self.hop(f"{me.id} meets the others of {stamp}", me.id)
         await me.thaw()
-        store = self._stores.get(stamp)
+        store = self._stores.get((stamp, is_handover))
         if store is None or not self.engines[store[0]].is_alive:
             raise LockstepError(f"the stores of {stamp} cannot be reached")
         waiting = store[1].setdefault(me.id, self.loop.create_future())
@@ -414,9 +428,17 @@ class World:
     def alive(self) -> list[SimEngine]:
         return [found for found in self.engines.values() if found.is_alive]
 
+    def is_over(self) -> bool:
+        """Whether an expert-parallel pool has ended with a rank that it lost, and nothing of it is left."""
+        pool = None if self.controller is None or self.controller.is_dead else self.controller.pool
+        has_ended = pool is not None and pool._down is not None and pool._down.done()
+        return self.is_expert_parallel and has_ended and not self.alive() and not self.groups
+
     def unsettled(self) -> str:
         """What is not at its end yet; empty when everything is as it should be."""
         controller = self.controller
+        if self.is_over():
+            return ""
         if controller is None or controller.is_dead or not controller.pool._records:
             return "there is no controller"
         scaler, now = controller.pool.scaler, controller.pool.membership
@@ -448,6 +470,7 @@ class World:
                 "it holds standby groups": rack.standby is not None or wave.standby is not None,
                 "it holds the groups of before": rack.kept is not None,
                 f"groups of {len(open_stamps)} epochs are open": len(open_stamps) != 1,
+                "its engine keeps experts of before": isinstance(found, SimExpertEngine) and (found.before or found.coming),
                 "its engine has another group than the live one": rack.live is None or found.group is not rack.live[GroupKind.EP],
             }
         return [text for text, holds in problems.items() if holds]
@@ -468,10 +491,18 @@ class World:
             self.groups.pop(group_id, None)
             return True
 
+        async def end_clients(_pool: str, *, limit_s: float) -> None:
+            del limit_s
+
+        async def end_coordinator(_keeper: Any) -> None:
+            """There is none."""
+
         with (
             mock.patch.object(pool_controller, "named_actors", names),
             mock.patch.object(pool_controller, "pool_groups", rows),
             mock.patch.object(pool_controller, "remove_group", remove),
+            mock.patch.object(pool_controller, "end_clients", end_clients),
+            mock.patch.object(pool_controller.CoordinatorKeeper, "end", end_coordinator),
             mock.patch("secrets.token_hex", lambda size=4: f"{self.random.getrandbits(8 * size):0{2 * size}x}"),
         ):
             yield

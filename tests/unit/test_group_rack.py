@@ -75,3 +75,50 @@ def test_an_undone_switch_leaves_the_engine_where_it_is() -> None:
     rig.do(waves.on_dropped, NEW)
     assert rig.given == [rig.old]
     assert rig.new.is_closed
+
+
+class ElasticRig(Rig):
+    """Its engine takes part in switches, and notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        super().__init__()
+
+    def prepare(self, _reconfiguration: Any, _groups: Any) -> None:
+        self.told.append("prepare")
+
+    def switch(self) -> None:
+        self.told.append("switch")
+
+    def switch_back(self) -> None:
+        self.told.append("switch back")
+
+    def release(self) -> None:
+        self.told.append("release")
+
+    def drop(self) -> None:
+        self.told.append("drop")
+
+
+def test_an_engine_keeps_what_it_had_until_the_release_also_where_the_old_group_broke() -> None:
+    back, done = ElasticRig(), ElasticRig()
+    for rig in (back, done):
+        rig.do(waves.on_told, NEW)
+        rig.do(waves.on_failed, OLD)  # decided, so it goes over without a vote, and keeps no group
+        assert rig.wave.stamp == NEW
+        assert rig.told == ["switch"]
+        assert rig.old.is_closed
+    done.rack.release()
+    done.rack.release()
+    assert done.told == ["switch", "release"]
+    back.do(waves.on_returned, BACK)
+    assert back.told == ["switch", "switch back"]
+    assert back.given[-1] is None, "it has no group until the controller gives the members one"
+
+
+def test_an_engine_whose_members_are_others_than_before_lets_go_of_what_it_had() -> None:
+    rig = ElasticRig()
+    rig.do(waves.on_told, NEW)
+    rig.vote_in_a_round()
+    rig.do(waves.on_told, BACK)
+    assert rig.told == ["switch", "release"]
