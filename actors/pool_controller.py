@@ -339,9 +339,9 @@ class PoolController:
 
     def _end_without_experts(self, only: Rank | None = None) -> None:
         """End an expert-parallel pool that has lost a rank; `only`: it was the only one, and took no other along."""
-        others = (departure.lost_with for departure in reversed(self._membership.departed) if departure.lost_with is not None)
-        lost = next(others, None) if only is None else only
-        if lost is not None and self._down is None:
+        if (only is not None or self._membership.lost_with_another()) and self._down is None:
+            took = (departure.lost_with for departure in reversed(self._membership.departed) if departure.lost_with is not None)
+            lost = next(took) if only is None else only
             logger.error("pool %s ends: its experts were spread over the ranks, and those of rank %d are lost", self._pool, lost)
             self._spawn(self.shut_down(0))
 

@@ -99,6 +99,10 @@ class Membership(msgspec.Struct, frozen=True, array_like=True):
         """The rank whose loss took this engine with it, if one did."""
         return next((departure.lost_with for departure in self.departed if departure.engine == engine), None)
 
+    def lost_with_another(self) -> bool:
+        """Whether the pool is over because one rank was lost that all others need."""
+        return not self.members and any(departure.lost_with is not None for departure in self.departed)
+
     def group_rank(self, engine: EngineId) -> int | None:
         """Position among the members, which are kept in the order of their ranks; None when it is no member."""
         return next((index for index, m in enumerate(self.members) if m.engine == engine), None)
