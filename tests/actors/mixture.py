@@ -13,6 +13,9 @@ from raycore.engines.torch.upcycle import upcycle
 from tests.actors.pools import PoolMaker
 from tests.torch_engine.tiny import GREEDY, driver_of, prompts, save_llama
 
+START_S = 120.0
+"""A process with torch, on a machine that does much else."""
+
 
 class Mixture:
     """Ranks that share the experts of a tiny mixture, whose text is the dense model's; its checkpoint is gone once the ranks have it."""

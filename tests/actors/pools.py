@@ -78,11 +78,11 @@ async def membership_when(pool: str, condition: Callable[[Membership], bool]) ->
     return await eventually(check, f"the membership of {pool}")
 
 
-async def warm(pool: str, count: int) -> list[dict[str, Any]]:
+async def warm(pool: str, count: int, limit_s: float = LIMIT_S) -> list[dict[str, Any]]:
     """The pool's standbys once there are so many."""
 
     async def check() -> list[dict[str, Any]]:
         rows = [row for row in (await ask_controller(pool, "status"))["standbys"] if row["state"] == "warm"]
         return rows if len(rows) == count else []
 
-    return await eventually(check, f"{count} standbys of {pool} are warm")
+    return await eventually(check, f"{count} standbys of {pool} are warm", limit_s)

@@ -25,7 +25,7 @@ from actors.launch import connect
 from actors.naming import controller_name, sentinel_name
 from raycore.config import HealthConfig
 from raycore.sampling import SamplingParams
-from tests.actors.mixture import Mixture
+from tests.actors.mixture import START_S, Mixture
 from tests.actors.pools import LIMIT_S, PoolMaker, ask_controller, eventually, warm
 from tests.support.engine_process import expected
 
@@ -121,6 +121,7 @@ async def test_ranks_on_a_node_that_ray_drains_move_and_nothing_is_lost(second_n
         await eventually(is_settled, "two groups are left")
 
 
+@pytest.mark.timeout(240)
 async def test_an_expert_parallel_rank_on_a_node_that_ray_drains_is_replaced_by_a_standby(
     second_node: SecondNode, pools: PoolMaker, tmp_path: Path
 ) -> None:
@@ -128,7 +129,7 @@ async def test_an_expert_parallel_rank_on_a_node_that_ray_drains_is_replaced_by_
     # Four of twelve processors each: one rank on either node, and the standby where one more has room.
     await mixture.open(data_parallel_size=2, standby=1, warm="weights", node_strategy="spread", num_cpus_per_engine=4)
     assert second_node.id in (await node_of_each_rank("spread-experts")).values()
-    (standby,) = await warm("spread-experts", 1)
+    (standby,) = await warm("spread-experts", 1, START_S)
     assert standby["node_id"] != second_node.id
     async with connect("spread-experts") as client:
         await mixture.check(client)

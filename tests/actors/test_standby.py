@@ -16,7 +16,7 @@ from actors.pool_end import clean_up
 from actors.processes import is_gone
 from raycore.errors import ExpertsLostError
 from raycore.sampling import SamplingParams
-from tests.actors.mixture import Mixture
+from tests.actors.mixture import START_S, Mixture
 from tests.actors.pools import LIMIT_S, PoolMaker, eventually, warm
 from tests.support.engine_process import expected
 from tests.torch_engine.tiny import save_llama
@@ -117,14 +117,14 @@ async def test_standbys_with_weights_join_an_expert_parallel_pool_and_end_with_i
     await mixture.open(data_parallel_size=1, standby=1, warm="weights")
     async with connect("experts") as client:
         await mixture.check(client)
-        (standby,) = await warm("experts", 1)
+        (standby,) = await warm("experts", 1, START_S)
         os.kill(standby["pid"], signal.SIGKILL)
 
         async def is_another() -> bool:
-            return (await warm("experts", 1))[0]["pid"] != standby["pid"]
+            return (await warm("experts", 1, START_S))[0]["pid"] != standby["pid"]
 
-        await eventually(is_another, "a standby that died is made again, of what the rank has")
-        (standby,) = await warm("experts", 1)
+        await eventually(is_another, "a standby that died is made again, of what the rank has", START_S)
+        (standby,) = await warm("experts", 1, START_S)
         grown = await client.scale_elastic_ep(3)  # one more than there are standbys
         assert grown.joined == (1, 2)
         assert client.membership.members[1].pid == standby["pid"]
@@ -132,7 +132,7 @@ async def test_standbys_with_weights_join_an_expert_parallel_pool_and_end_with_i
         assert grown.weight_bytes_from_disk == 0
         await mixture.check(client)
 
-        (standby,) = await warm("experts", 1)
+        (standby,) = await warm("experts", 1, START_S)
         await client.call_all("set_weight_version", version="v2")
         assert (await client.remove_ranks([0])).ranks == (1, 2)
         grown = await client.scale_elastic_ep(3)
@@ -143,7 +143,7 @@ async def test_standbys_with_weights_join_an_expert_parallel_pool_and_end_with_i
         assert await client.call_all("get_weight_version") == {0: "v2", 1: "v2", 2: "v2"}
         await mixture.check(client)
 
-        (standby,) = await warm("experts", 1)
+        (standby,) = await warm("experts", 1, START_S)
         assert await counted("experts") == (4, 4)
         stream = client.generate(mixture.prompts[0], SamplingParams(max_tokens=200, ignore_eos=True), data_parallel_rank=0)
         await anext(stream)
@@ -159,7 +159,7 @@ async def test_a_warm_process_joins_an_expert_parallel_pool_and_does_not_outlive
     mixture = Mixture(pools, tmp_path, "processes")
     await mixture.open(data_parallel_size=2, standby=1)
     async with connect("processes") as client:
-        (standby,) = await warm("processes", 1)
+        (standby,) = await warm("processes", 1, START_S)
         grown = await client.scale_elastic_ep(3)
         assert client.membership.members[2].pid == standby["pid"]
         assert grown.weight_bytes > 0
@@ -167,7 +167,7 @@ async def test_a_warm_process_joins_an_expert_parallel_pool_and_does_not_outlive
         await mixture.check(client)
         assert (await client.remove_ranks([0, 1])).ranks == (2,)
         await mixture.check(client)
-        (standby,) = await warm("processes", 1)
+        (standby,) = await warm("processes", 1, START_S)
         assert await counted("processes") == (2, 2)
         os.kill(client.membership.members[0].pid, signal.SIGKILL)
         await eventually(mixture.is_gone, "an only rank has all experts, and the pool ends with it, standbys too")
