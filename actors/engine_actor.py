@@ -90,11 +90,17 @@ class EngineActor:
         return member
 
     @ray.method(concurrency_group="control")
-    async def warm(self, givers: Sequence[Giver] = (), members: EngineInfo | None = None) -> int:
-        """Have everything up that needs no rank, for a standby; the process's pid. `members`: their engines. Raises what the engine
-        raises."""
-        await asyncio.wrap_future(_in_thread("raycore-warm", lambda: self._warm_host(givers, members)))
+    async def get_ready(self, members: EngineInfo | None, is_standby: bool) -> int:
+        """Have up what takes long and needs no weights, before `warm` or `start`; the process's pid. `members`: their engines."""
+        await asyncio.wrap_future(_in_thread("raycore-ready", lambda: self._ready_host(members, is_standby=is_standby)))
         return os.getpid()
+
+    @ray.method(concurrency_group="control")
+    async def warm(self, givers: Sequence[Giver] = ()) -> None:
+        """Have everything up that needs no rank, for a standby. Raises what the engine raises."""
+        host = self._warm
+        if host is not None:
+            await asyncio.wrap_future(_in_thread("raycore-warm", lambda: host.warm([RayPeer(giver) for giver in givers])))
 
     @ray.method(concurrency_group="control")
     async def promote(self, rank: Rank, givers: Sequence[Giver] = ()) -> Member:
@@ -149,6 +155,11 @@ class EngineActor:
         """Send a joiner its share while steps go on; the bytes."""
         giving = self._started().giving
         return await asyncio.wrap_future(_in_thread("raycore-weights", lambda: giving.give(request)))
+
+    @ray.method(concurrency_group="control")
+    async def end_giving(self, joiner: EngineId) -> None:
+        """This joiner is gone: what is being sent to it is given up."""
+        self._started().giving.end(joiner)
 
     @ray.method(concurrency_group="control")
     async def expert_report(self) -> ExpertReport:
@@ -267,10 +278,11 @@ class EngineActor:
 
         return EngineHost(self._setup.spec, node_ip=ray.util.get_node_ip_address())
 
-    def _warm_host(self, givers: Sequence[Giver], members: EngineInfo | None) -> None:
-        log_everything_as(self._setup.spec.pool, f"standby {self._setup.spec.incarnation}", log_level())
+    def _ready_host(self, members: EngineInfo | None, *, is_standby: bool) -> None:
+        spec = self._setup.spec
+        log_everything_as(spec.pool, f"standby {spec.incarnation}" if is_standby else rank_name(spec.rank), log_level())
         host = self._starting = self._new_host()
-        host.warm([RayPeer(giver) for giver in givers], members)
+        host.get_ready(members)
         self._warm = host
 
     def _start_host(self, givers: Sequence[Giver]) -> Member:

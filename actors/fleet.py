@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,7 @@ from raycore.membership import Member
 logger = logging.getLogger(__name__)
 
 
+_TELL_S = 2.0
 _LOOK_S = 0.25
 """How often a joiner is asked how much of its weights has come."""
 
@@ -62,6 +65,7 @@ class Fleet:
         self._capacity = capacity
         self._pool = setup.config.pool
         self._timeouts = setup.config.timeouts
+        self._beside_steps = asyncio.Lock()
 
     async def start_all(self, node_ids: Sequence[str]) -> list[EngineRecord]:
         """One engine core per planned node, ranks in order. The first failure cancels the others, undoes everything and is raised."""
@@ -99,17 +103,34 @@ class Fleet:
         engine = EngineId(rank, Incarnation(secrets.token_hex(4)))
         return EngineRecord(engine, engine_name(self._pool, engine))
 
-    async def start_standby(self, node_id: str, members: Sequence[EngineRecord] = ()) -> EngineRecord:
-        """A warm engine core without a rank; undone when a step of it fails or is cancelled. `members`: whom it may join."""
+    @contextlib.asynccontextmanager
+    async def beside_steps(self) -> AsyncIterator[None]:
+        """For what has members exchange tensors while they step: one such thing at a time where that goes by way of a GPU.
+
+        Kernels of two of NCCL's groups wait for their peers in each GPU's queue, and whatever stops that queue until it is empty, as
+        making a group or leaving one does, can let each wait for the other's. Steps must go on, so beside them there is one at a time.
+        """
+        if self._setup.config.device == "cpu":
+            yield
+            return
+        async with self._beside_steps:
+            yield
+
+    async def start_standby(
+        self, node_id: str, members: Callable[[], Sequence[EngineRecord]], may_go_on: Callable[[], Awaitable[Any]]
+    ) -> EngineRecord:
+        """A warm engine core without a rank; undone when a step of it fails or is cancelled.
+
+        `members`: whom it may join; asked for weights once `may_go_on` has come.
+        """
         incarnation = Incarnation(secrets.token_hex(4))
         record = EngineRecord(EngineId(Rank(0), incarnation), standby_name(self._pool, incarnation), is_standby=True)
         try:
             await self.reserve(record, node_id)
             record.handle = self._actor(record, is_joining=True)
-            limit_s = self._timeouts.engine_start_s
-            info = next((member.member.info for member in members if member.member is not None), None)
-            warming = record.handle.warm.remote(_givers(members), info)
-            record.pid = await remote_call(warming, limit_s=limit_s, what=f"standby {incarnation}", engine=record.engine)
+            await self._get_ready(record, members(), is_standby=True)
+            await may_go_on()
+            await self._copying(record, members(), record.handle.warm.remote, what=f"standby {incarnation}")
         except BaseException:
             await asyncio.shield(self.dispose(record))
             raise
@@ -146,15 +167,16 @@ class Fleet:
         """
         engine = record.engine
         if record.is_standby:
-            starting = record.handle.promote.remote(engine.rank, _givers(members))
+            start = functools.partial(record.handle.promote.remote, engine.rank)
             record.is_standby = False
         else:
             record.handle = self._actor(record, is_joining=is_joining)
-            starting = record.handle.start.remote(_givers(members))
-        limit_s = self._timeouts.engine_start_s
+            start = record.handle.start.remote
         watching = asyncio.create_task(self._watch_weights(record)) if members else None
         try:
-            member: Member = await remote_call(starting, limit_s=limit_s, what=f"{engine}: start", engine=engine)
+            if members and not record.pid:
+                await self._get_ready(record, members, is_standby=False)
+            member: Member = await self._copying(record, members, start, what=f"{engine}: start")
         except RaycoreError as error:
             raise _named(error, engine.rank) from error
         finally:
@@ -163,6 +185,39 @@ class Fleet:
         record.member, record.pid = member, member.pid
         if members:
             await self._see_weights(record)
+
+    async def _get_ready(self, record: EngineRecord, members: Sequence[EngineRecord], *, is_standby: bool) -> None:
+        """The start of a process takes long, and nothing has to wait for it."""
+        info = next((member.member.info for member in members if member.member is not None), None)
+        call: Any = record.handle.get_ready.remote(info, is_standby)
+        limit_s = self._timeouts.engine_start_s
+        record.pid = await remote_call(call, limit_s=limit_s, what=f"{record.name}: process", engine=record.engine)
+
+    async def _copying(
+        self, record: EngineRecord, members: Sequence[EngineRecord], begin: Callable[[list[Giver]], Any], *, what: str
+    ) -> Any:
+        """The result of a call in which the engine core may take weights of members; when it comes to nothing they hear of it at once."""
+        async with self.beside_steps() if members else contextlib.nullcontext():
+            try:
+                call: Any = begin(_givers(members))
+                return await remote_call(call, limit_s=self._timeouts.engine_start_s, what=what, engine=record.engine)
+            except BaseException:
+                await asyncio.shield(self._end_giving(record, members))
+                raise
+
+    async def _end_giving(self, record: EngineRecord, members: Sequence[EngineRecord]) -> None:
+        """Have nobody wait for an engine core that is given up: it ends, then its peers are told."""
+        if not members:
+            return
+        await asyncio.to_thread(ray.kill, record.handle, no_restart=True)
+
+        async def end(member: EngineRecord) -> None:
+            call: Any = member.handle.end_giving.remote(record.engine)
+            await remote_call(call, limit_s=_TELL_S, what=f"{member.engine}: end of a copy")
+
+        for outcome in await asyncio.gather(*map(end, members), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                logger.info("pool %s: %s", self._pool, outcome)
 
     async def _watch_weights(self, record: EngineRecord) -> None:
         while True:

@@ -143,7 +143,6 @@ class OperationWork:
         await asyncio.gather(*(self._fleet.dispose(record) for record in joiners))
 
     async def _reserve(self, operation: Operation) -> None:
-        self._standbys.hold()
         standbys = self._standbys.take(operation.goal.joining)
         self.joiners.update(standbys)
         ranks = [rank for rank in operation.goal.joining if rank not in standbys]
@@ -178,7 +177,8 @@ class OperationWork:
         if operation.goal.is_in_lockstep:
             self.switch = self._topology.switch(self._record)
             leavers = operation.goal.leaving
-        await all_of(self._prepare(operation, engine) for engine in (*operation.participants, *leavers))
+        async with self._fleet.beside_steps():
+            await all_of(self._prepare(operation, engine) for engine in (*operation.participants, *leavers))
 
     async def _prepare(self, operation: Operation, engine: EngineId) -> None:
         """A dense rank has nothing to build: it must only know the pool, and who joins. Ranks in lockstep build their groups."""

@@ -271,6 +271,7 @@ class PoolScaler:
         operation_id = f"{self._pool}-{next(self._numbers)}-{secrets.token_hex(2)}"
         self._late = [work for work in (*self._late, self._work) if work is not None and work.is_busy]
         self._work = OperationWork(self._pool, self._topology, self._fleet, self._timeouts, self._standbys, self)
+        self._standbys.hold()
         self._cause = None
         self._is_replacement = is_replacement
         ended: asyncio.Future[ScalingReport] = asyncio.get_running_loop().create_future()
@@ -353,7 +354,7 @@ class PoolScaler:
         return ScalingReport(
             operation=operation.id,
             ranks=tuple(engine.rank for engine in self._members()),
-            joined=tuple(engine.rank for engine in operation.joined),
+            joined=tuple(sorted(engine.rank for engine in operation.joined)),
             left=tuple(engine.rank for engine in operation.goal.leaving),
             phases_s={str(step.phase): after.at_s - step.at_s for step, after in itertools.pairwise(steps)},
             weight_bytes=weights.bytes,

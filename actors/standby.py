@@ -52,6 +52,7 @@ class StandbyKeeper:
         if self._count and self._keeping is None:
             self._wanted.set()
             self._keeping = asyncio.create_task(self._keep())
+            self._keeping.add_done_callback(self._ended)
 
     def take(self, ranks: Sequence[Rank]) -> dict[Rank, EngineRecord]:
         """Standbys for these ranks, as far as there are any; they belong to the caller from now on, who starts them."""
@@ -117,7 +118,7 @@ class StandbyKeeper:
                 (node_id,) = await self._planned_nodes(1)
                 if not self._may_make.is_set():  # what has become free is for the operation that has begun
                     continue
-                record = await self._fleet.start_standby(node_id, self._members())
+                record = await self._fleet.start_standby(node_id, self._members, self._may_make.wait)
             except (RaycoreError, ray.exceptions.RayError) as error:
                 problem = f"{error}"
                 log = logger.info if isinstance(error, CapacityError) or problem == self._problem else logger.error
@@ -127,6 +128,10 @@ class StandbyKeeper:
                 continue
             self._problem = ""
             self._keep_warm(record)
+
+    def _ended(self, keeping: asyncio.Task[None]) -> None:
+        if not keeping.cancelled() and (error := keeping.exception()) is not None:
+            logger.error("pool %s makes no standbys any more", self._pool, exc_info=error)
 
     def _keep_warm(self, record: EngineRecord) -> None:
         self._ready.append(record)

@@ -22,8 +22,42 @@ _SPIN_S = 0.002
 _NAP_S = 0.0005
 _PREPARE_S = 120.0
 """NCCL's first look at a machine with many devices and network cards takes seconds."""
+_END_S = 10.0
 _WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 """torch's own watchdog would end the process for a collective that takes too long; here that is an error of one step."""
+
+
+class _Ends:
+    """Groups that are being left. That frees memory, for which the device has to be idle for a moment: no other is made meanwhile."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._changed = threading.Condition()
+
+    def begin(self, group: Any) -> None:
+        """On a thread of its own."""
+        with self._changed:
+            self._count += 1
+        threading.Thread(target=self._end, args=(group,), name="raycore-nccl-end", daemon=True).start()
+
+    def wait(self) -> None:
+        """Until none is being left, or one of them takes too long to be waited for."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._count, _END_S):
+                _log.warning("an NCCL group of before could not be left for %g s", _END_S)
+
+    def _end(self, group: Any) -> None:
+        try:
+            group.abort()
+        except RuntimeError as error:
+            _log.warning("an NCCL group could not be aborted: %s", first_line(error))
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+
+_ENDS = _Ends()
 
 
 def prepare(device: str) -> None:
@@ -64,6 +98,7 @@ class NcclGroup:
         self._group: Any = None
         options: Any = ProcessGroupNCCL.Options()
         options._timeout = datetime.timedelta(seconds=max(form_s, collective_s))  # noqa: SLF001 -- it has no public name
+        _ENDS.wait()
         try:
             with torch.cuda.device(self._device):
                 self._group = ProcessGroupNCCL(store, rank, size, options)
@@ -93,10 +128,10 @@ class NcclGroup:
         self._run(lambda: self._opened().alltoall_base(received, sent, received_rows, sent_rows, AllToAllOptions()))
 
     def close(self) -> None:
-        """Leave: what is in flight is given up. On a thread that nobody waits for, since a peer may be gone."""
+        """Leave: what is in flight is given up. On a thread that no step waits for, since a peer may be gone."""
         group, self._group = self._group, None
         if group is not None:
-            threading.Thread(target=_end, args=(group,), name="raycore-nccl-end", daemon=True).start()
+            _ENDS.begin(group)
 
     def _opened(self) -> Any:
         if self._group is None:
@@ -125,10 +160,3 @@ class NcclGroup:
                 raise LockstepError(msg)
             if passed_s > _SPIN_S:
                 time.sleep(_NAP_S)
-
-
-def _end(group: Any) -> None:
-    try:
-        group.abort()
-    except RuntimeError as error:
-        _log.warning("an NCCL group could not be aborted: %s", first_line(error))

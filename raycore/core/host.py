@@ -53,18 +53,23 @@ class EngineHost:
         self._lock = threading.Lock()
         self._is_closed = False
 
-    def warm(self, peers: Sequence[WeightPeer] = (), members: EngineInfo | None = None) -> None:
-        """Have up what needs no rank: imports, the device, what process groups need, and where the pool wants it the model.
-
-        `peers`: who gives it its weights; `members`: what engines it is to stand beside. Raises what that raises, WeightCopyError where the
-        peers have weights and did not give them: who serves then is asked when a standby is made anew.
-        """
+    def get_ready(self, members: EngineInfo | None) -> None:
+        """Have up what needs neither a rank nor a model: imports, the device, what process groups need. `members`: what engines it is to
+        stand beside."""
         spec = self._spec
         import_engine(spec.engine, spec.device)
         if members is not None and members.sync_interval:
             gloo.prepare()
             if members.is_expert_parallel and spec.device != "cpu":
                 nccl.prepare(spec.device)
+
+    def warm(self, peers: Sequence[WeightPeer] = ()) -> None:
+        """For a standby: where the pool wants it, have the model too. `peers`: who gives it its weights.
+
+        Raises what that raises, WeightCopyError where the peers have weights and did not give them: who serves then is asked when a standby
+        is made anew.
+        """
+        spec = self._spec
         if spec.warm_weights or spec.engine in WITHOUT_WEIGHTS:
             self._engine = self._make(None, is_joining=True, peers=peers)
 

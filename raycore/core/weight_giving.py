@@ -62,7 +62,7 @@ class WeightGiving:
         has = None if lent is None else WeightTerms(lent.manifest.digest, version)
         if lent is None or has != request.terms:
             raise WeightCopyError(f"{self._id} has other weights ({has}) than were offered ({request.terms})", rank=self._id.rank)
-        self._end(request.joiner)  # it lost somebody, and asks anew
+        self.end(request.joiner)  # it lost somebody, and asks anew
         group = join_copy(
             request.address,
             request.group_rank,
@@ -89,9 +89,10 @@ class WeightGiving:
         with self._lock:
             joiners = list(self._groups)
         for joiner in joiners:
-            self._end(joiner)
+            self.end(joiner)
 
-    def _end(self, joiner: EngineId) -> None:
+    def end(self, joiner: EngineId) -> None:
+        """Leave its group, if it is being sent to. Idempotent."""
         with self._lock:
             group = self._groups.pop(joiner, None)
         if group is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def fails_on_rank_1_only(*, options: dict[str, Any], **_: Any) -> Any:
         message = "this rank fails"
         raise RuntimeError(message)
     threading.Event().wait()
+
+
+def tells_when_it_loads(*, options: dict[str, Any], **_: Any) -> Any:
+    """An echo engine that says in a file when it begins to load and when it has ended."""
+    from raycore.engines import make_engine
+
+    with Path(options["log"]).open("a") as log:
+        print("begin", file=log, flush=True)
+        time.sleep(0.3)  # long enough for others to come in between
+        print("end", file=log, flush=True)
+    return make_engine("echo", None)
 
 
 def spreads_experts(**_: Any) -> Any:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from raycore.errors import (
     UnknownRankError,
 )
 from raycore.sampling import SamplingParams
-from tests.actors.pools import PoolMaker, ask_controller, eventually
+from tests.actors.pools import PoolMaker, ask_controller, eventually, warm
 from tests.support.engine_process import expected
 
 pytestmark = pytest.mark.ray
@@ -62,6 +63,18 @@ class Traffic:
         finally:
             self._is_over = True
             await asyncio.gather(*tasks)
+
+
+async def test_ranks_on_gpus_take_their_weights_one_after_another(pools: PoolMaker, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    gpus = {"engine": "tests.actors.engines:tells_when_it_loads", "device": "cuda", "num_cpus_per_engine": 0.1}
+    await pools.open("gpus", data_parallel_size=1, standby=1, warm="weights", engine_options={"log": str(log)}, **gpus)
+    async with connect("gpus") as client:
+        assert (await client.scale_elastic_ep(4)).joined == (1, 2, 3)
+        await warm("gpus", 1)
+    told = log.read_text().split()
+    assert len(told) >= 2 * 5
+    assert told == ["begin", "end"] * (len(told) // 2)
 
 
 async def left_behind(pool: str) -> tuple[int, int]:

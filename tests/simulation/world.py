@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import random
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -102,6 +102,13 @@ class SimFleet:
 
     def __init__(self, controller: Controller) -> None:
         self._controller, self._world = controller, controller.world
+        self._beside_steps = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def beside_steps(self) -> AsyncIterator[None]:
+        """One at a time, as on GPUs."""
+        async with self._beside_steps:
+            yield
 
     async def start_all(self, node_ids: Sequence[str]) -> list[EngineRecord]:
         return [await self.start_one(Rank(rank), node) for rank, node in enumerate(node_ids)]
@@ -122,13 +129,13 @@ class SimFleet:
         await self._controller.lives(f"{record.engine} has its group")
 
     async def start(self, record: EngineRecord, *, is_joining: bool = False, members: Sequence[EngineRecord] = ()) -> None:
-        del members  # engines of the simulation share no weights
         world, engine = self._world, record.engine
         record.handle = Handle(self._controller, engine)
         found = world.engines[engine] = world.new_engine(engine, record.group_id, is_joining=is_joining)
         world.spawn(found.run())
         await self._controller.lives(f"{engine} starts", engine)
-        await world.sleep(0.2)
+        async with self.beside_steps() if members else contextlib.nullcontext():
+            await world.sleep(0.2)
         await found.thaw() if found.is_alive else None
         await self._controller.lives(f"{engine} has started", engine)
         if not found.is_alive:

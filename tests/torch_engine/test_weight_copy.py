@@ -301,7 +301,8 @@ def test_a_standby_of_an_expert_parallel_pool_has_everything_but_experts_and_bec
         peers = [Peer(rank, ranks.engine(rank)) for rank in range(2)]
         spec = msgspec.structs.replace(standby_spec(path), data_parallel_size=2, is_joining=True)
         host = EngineHost(spec, node_ip="127.0.0.1")
-        host.warm(peers, info)
+        host.get_ready(info)
+        host.warm(peers)
         engine = host._engine
         assert isinstance(engine, TorchEngine)
         assert sums(engine) == {name: value for name, value in sums(ranks.engine(0)).items() if ".experts." not in name}
