@@ -61,11 +61,15 @@ class Capacity:
     def _on_reachable(plan: Callable[[Sequence[NodeSnapshot]], Plan]) -> Plan:
         """The plan without nodes that are lost and still look alive; only those that it would use are asked."""
         nodes = cluster_nodes()
+        were_lost: set[str] = set()
         while True:
             found = plan(nodes)
+            if were_lost and isinstance(found, Shortage):
+                return dataclasses.replace(found, is_infeasible=False)  # that is Ray's to say, once it knows that they are lost
             used = set(found.nodes) if isinstance(found, PlacementPlan) else set[str]()
             lost = unreachable([node for node in nodes if node.node_id in used])
             if not lost:
                 return found
             logger.warning("nodes %s are lost, which Ray has not noticed yet: nothing is placed there", sorted(lost))
+            were_lost |= lost
             nodes = [dataclasses.replace(node, alive=node.alive and node.node_id not in lost) for node in nodes]

@@ -19,7 +19,7 @@ from raycore.client.control import PoolAccess
 from raycore.config import log_level
 from raycore.engine import EngineInfo
 from raycore.engines.expert_change import ExpertReport
-from raycore.errors import EngineStartError
+from raycore.errors import EngineStartError, EngineStateError
 from raycore.groups import GroupKind
 from raycore.ids import EngineId, GroupStamp, Rank, Term
 from raycore.load_progress import LoadProgress, WeightProgress, load_progress
@@ -162,14 +162,21 @@ class EngineActor:
         self._started().giving.end(joiner)
 
     @ray.method(concurrency_group="control")
-    async def expert_report(self) -> ExpertReport:
-        """Where the experts of an expert-parallel model are, and how much this rank's tokens wanted each; once no rebalancing runs."""
-        core = self._started().core
+    async def expert_report(self, limit_s: float) -> ExpertReport:
+        """Where the experts of an expert-parallel model are, and how much this rank's tokens wanted each; once no rebalancing runs.
+
+        EngineStateError when one still runs after `limit_s` seconds.
+        """
+        core, clock = self._started().core, asyncio.get_running_loop().time
+        until_s = clock() + limit_s
         while True:
             answers = await asyncio.wrap_future(core.ask_engine("expert_placement", "expert_load", "expert_traffic"))
             placement, load, traffic = answers
             if not traffic["is_rebalancing"]:
                 return ExpertReport(placement, load)
+            if clock() > until_s:
+                message = f"rank {self._setup.spec.rank} still rebalances its experts after {limit_s:g} s"
+                raise EngineStateError(message)
             await asyncio.sleep(_REBALANCING_POLL_S)
 
     @ray.method(concurrency_group="control")

@@ -103,6 +103,11 @@ class Fleet:
         engine = EngineId(rank, Incarnation(secrets.token_hex(4)))
         return EngineRecord(engine, engine_name(self._pool, engine))
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether `beside_steps` lets one begin when the one before has ended."""
+        return self._setup.config.device != "cpu"
+
     @contextlib.asynccontextmanager
     async def beside_steps(self) -> AsyncIterator[None]:
         """For what has members exchange tensors while they step: one such thing at a time where that goes by way of a GPU.
@@ -110,7 +115,7 @@ class Fleet:
         Kernels of two of NCCL's groups wait for their peers in each GPU's queue, and whatever stops that queue until it is empty, as
         making a group or leaving one does, can let each wait for the other's. Steps must go on, so beside them there is one at a time.
         """
-        if self._setup.config.device == "cpu":
+        if not self.takes_turns:
             yield
             return
         async with self._beside_steps:
@@ -202,12 +207,12 @@ class Fleet:
                 call: Any = begin(_givers(members))
                 return await remote_call(call, limit_s=self._timeouts.engine_start_s, what=what, engine=record.engine)
             except BaseException:
-                await asyncio.shield(self._end_giving(record, members))
+                await asyncio.shield(self.give_up(record, members))
                 raise
 
-    async def _end_giving(self, record: EngineRecord, members: Sequence[EngineRecord]) -> None:
+    async def give_up(self, record: EngineRecord, members: Sequence[EngineRecord]) -> None:
         """Have nobody wait for an engine core that is given up: it ends, then its peers are told."""
-        if not members:
+        if not members or record.handle is None:
             return
         await asyncio.to_thread(ray.kill, record.handle, no_restart=True)
 

@@ -18,8 +18,8 @@ NODE_LABEL = "ray.io/node-id"
 """Ray's own label of every node; a selector on it pins a bundle."""
 
 
-_CONNECT_S = 1.0
-"""A node of the same cluster answers within milliseconds; one that is gone refuses, or says nothing."""
+_CONNECT_S = 3.0
+"""A node of the same cluster answers in milliseconds, or in a second where a packet was lost; one that is gone refuses, or is silent."""
 _ASKED_AT_ONCE = 32
 _REMEMBER_DEAD_S = 60.0
 """A process of an actor that died longer ago is gone, and its pid may be another's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
@@ -146,11 +147,7 @@ class OperationWork:
         standbys = self._standbys.take(operation.goal.joining)
         self.joiners.update(standbys)
         ranks = [rank for rank in operation.goal.joining if rank not in standbys]
-        try:
-            nodes = await self._topology.planned_nodes(len(ranks)) if ranks else ()
-        except BaseException:
-            self._standbys.take_back([self.joiners.pop(rank) for rank in standbys])
-            raise
+        nodes = await self._topology.planned_nodes(len(ranks)) if ranks else ()
         for rank in standbys:
             self._driver.answer(operation, Phase.RESERVE, rank)
 
@@ -177,7 +174,7 @@ class OperationWork:
         if operation.goal.is_in_lockstep:
             self.switch = self._topology.switch(self._record)
             leavers = operation.goal.leaving
-        async with self._fleet.beside_steps():
+        async with self._fleet.beside_steps() if self.switch is not None else contextlib.nullcontext():
             await all_of(self._prepare(operation, engine) for engine in (*operation.participants, *leavers))
 
     async def _prepare(self, operation: Operation, engine: EngineId) -> None:
@@ -231,7 +228,19 @@ class OperationWork:
             return
         stay = [record for record in joiners if record not in lost]
         added = [record.engine for record in stay]
-        await self._topology.declare(lambda now: switch.committed(now, added, causes), stay)
+        decided: list[Membership] = []
+
+        def commit(now: Membership) -> Membership:
+            decided.append(switch.committed(now, added, causes))
+            return decided[-1]
+
+        await self._topology.declare(commit, stay)
+        before = [member.engine for member in switch.before.members]
+        if switch.is_returned and [member.engine for member in decided[-1].members] == before:
+            # another epoch came in between, and experts are not dealt anew: the members of before go on
+            returned = [found for engine in added if (found := self._topology.let_go(engine)) is not None]
+            self._driver.on_returned(returned, "another epoch was decided meanwhile")
+            return
         for record in lost:
             self._driver.on_lost(record.engine, str(failed[record.engine]))
         await asyncio.gather(*(self._fleet.dispose(record) for record in lost))
@@ -291,7 +300,10 @@ class OperationWork:
         joining = {*operation.joined, *(record.engine for record in joiners)}
         if serving or any(member.engine in joining for member in self._topology.membership.joining):
             await self._topology.declare(lambda membership: without_joining(with_states(membership, serving), joining))
-        await asyncio.gather(*(self._fleet.dispose(record) for record in joiners))
+        unstarted = [record for record in joiners if record.is_standby]
+        if unstarted:
+            self._standbys.take_back(unstarted)
+        await asyncio.gather(*(self._fleet.dispose(record) for record in joiners if not record.is_standby))
         for rank in operation.waiting:
             self._driver.answer(operation, Phase.ROLLING_BACK, rank)
 

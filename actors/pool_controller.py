@@ -150,7 +150,9 @@ class PoolController:
         self._observer.on_membership(before, membership)
         self._take_over(keep, membership)
         logger.warning("pool %s: a new controller adopted %d engines in term %d", self._pool, len(keep), membership.term)
-        await asyncio.gather(*(self._fleet.dispose(record) for record, _ in found if not membership.has(record.engine)))
+        others = [record for record, _ in found if not membership.has(record.engine)]
+        await asyncio.gather(*(self._fleet.give_up(record, keep) for record in others))
+        await asyncio.gather(*map(self._fleet.dispose, others))
         await self._remove_orphan_groups()
         self._standbys.start()
         if membership.is_in_lockstep:
@@ -314,7 +316,7 @@ class PoolController:
             await self._decide_without(engine, cause)
             is_over = is_expert_parallel and not self._membership.members
             if is_over:
-                self._standbys.hold()
+                self._standbys.end()
             await self._tell(list(self._records.values()), self._membership, limit_s=_FENCE_PUSH_S)
         watch = self._watches.pop(engine, None)
         if watch is not None:

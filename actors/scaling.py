@@ -118,8 +118,7 @@ class PoolScaler:
 
     async def replace(self, rank: Rank) -> None:
         """Bring a rank back that was lost, once no operation runs; nothing when the pool has as many ranks as were asked for last."""
-        while self._operation is not None and self._ended is not None:
-            await asyncio.wait([self._ended])
+        await self._until_idle()
         members = self._members()
         if len(members) >= self.wanted_size or any(engine.rank == rank for engine in members):
             return
@@ -133,8 +132,16 @@ class PoolScaler:
     async def evacuate(self, engines: Sequence[EngineId]) -> None:
         """Have other ranks serve for these, whose nodes go; without room for others, as many as there are standbys: the pool shrinks, down
         to one rank."""
-        while self._operation is not None and self._ended is not None:
-            await asyncio.wait([self._ended])
+        try:
+            try:
+                await self._evacuate(engines, only_standbys=False)
+            except CapacityError:
+                await self._evacuate(engines, only_standbys=True)  # these need no room
+        except RaycoreError as error:
+            logger.warning("pool %s: %d ranks whose nodes go could not be moved: %s", self._pool, len(engines), error)
+
+    async def _evacuate(self, engines: Sequence[EngineId], *, only_standbys: bool) -> None:
+        await self._until_idle()
         members = self._members()
         leaving = tuple(engine for engine in members if engine in engines)
         stay = tuple(engine for engine in members if engine not in engines)
@@ -142,17 +149,17 @@ class PoolScaler:
             return
         taken = {engine.rank for engine in members}
         free = (Rank(rank) for rank in itertools.count() if rank not in taken)
-        joining = tuple(itertools.islice(free, len(leaving)))
-        try:
-            try:
-                await self._begin(self._goal(stay, joining, leaving), is_replacement=True)
-            except CapacityError:
-                warm = joining[: self._standbys.warm]  # these need no room
-                if not stay and not warm:
-                    raise
-                await self._begin(self._goal(stay, warm, leaving), is_replacement=True)
-        except RaycoreError as error:
-            logger.warning("pool %s: %d ranks whose nodes go could not be moved: %s", self._pool, len(leaving), error)
+        room = min(len(leaving), self._standbys.warm) if only_standbys else len(leaving)
+        joining = tuple(itertools.islice(free, room))
+        if not stay and not joining:
+            message = "no other node has room for a rank, and none would be left"
+            raise CapacityError(message)
+        await self._begin(self._goal(stay, joining, leaving), is_replacement=True)
+
+    async def _until_idle(self) -> None:
+        """Until no operation runs; who waits next begins at once, and the others see that one runs."""
+        while self._operation is not None and self._ended is not None:
+            await asyncio.wait([self._ended])
 
     def cancel(self, operation: str) -> bool:
         """Undo the running operation of this id; whether it could be: after the decision it is finished instead."""
@@ -256,11 +263,13 @@ class PoolScaler:
         if self._is_closed:
             message = f"pool {self._pool!r} is being taken down"
             raise PoolError(message)
+        if self._operation is not None:
+            await self._join(self._operation, is_same=False)
         timeouts = self._timeouts
         moving_s = timeouts.group_s + timeouts.engine_start_s if self._topology.membership.is_expert_parallel else 0.0
         limits_s = {
             Phase.RESERVE: timeouts.reserve_s + timeouts.stop_s,
-            Phase.SPAWN: timeouts.engine_start_s,
+            Phase.SPAWN: timeouts.engine_start_s * (len(goal.joining) if self._fleet.takes_turns else 1),
             Phase.PREPARE: timeouts.control_s + (timeouts.drain_s + 2 * timeouts.group_s if goal.is_in_lockstep else 0.0) + moving_s,
             Phase.READY: timeouts.engine_start_s,  # adapters are loaded in it
             # the decision is kept, everybody is told, and confirms: who does not is ended and named before the phase's time is over

@@ -46,6 +46,10 @@ class StandbyKeeper:
         self._may_make.set()
         self._keeping: asyncio.Task[None] | None = None
         self._problem = ""
+        self._making: asyncio.Task[EngineRecord] | None = None
+        self._is_taking = False
+        """The one that is being made is at its weights."""
+        self._is_over = False
 
     def start(self) -> None:
         """Begin to make them."""
@@ -83,12 +87,20 @@ class StandbyKeeper:
             self._put_away(record)
 
     def hold(self) -> None:
-        """Make none for now: what is free in the cluster is for an operation."""
+        """Make none for now: what is free in the cluster is for an operation, and so are the members where they give to one at a time."""
         self._may_make.clear()
+        if self._making is not None and self._is_taking and self._fleet.takes_turns:
+            self._making.cancel()
 
     def release(self) -> None:
         """Go on making them."""
-        self._may_make.set()
+        if not self._is_over:
+            self._may_make.set()
+
+    def end(self) -> None:
+        """Make none any more: the pool ends, which closes this."""
+        self._is_over = True
+        self._may_make.clear()
 
     async def close(self) -> None:
         """Nothing of any standby is left."""
@@ -118,7 +130,9 @@ class StandbyKeeper:
                 (node_id,) = await self._planned_nodes(1)
                 if not self._may_make.is_set():  # what has become free is for the operation that has begun
                     continue
-                record = await self._fleet.start_standby(node_id, self._members, self._may_make.wait)
+                record = await self._make(node_id)
+                if record is None:
+                    continue
             except (RaycoreError, ray.exceptions.RayError) as error:
                 problem = f"{error}"
                 log = logger.info if isinstance(error, CapacityError) or problem == self._problem else logger.error
@@ -128,6 +142,25 @@ class StandbyKeeper:
                 continue
             self._problem = ""
             self._keep_warm(record)
+
+    async def _make(self, node_id: str) -> EngineRecord | None:
+        """A further one; None where an operation has taken its turn."""
+        self._is_taking = False
+        making = self._making = asyncio.create_task(self._fleet.start_standby(node_id, self._members, self._may_take))
+        try:
+            await asyncio.wait([making])
+        except asyncio.CancelledError:
+            making.cancel()
+            await asyncio.wait([making])
+            raise
+        finally:
+            self._making = None
+        return None if making.cancelled() else making.result()
+
+    async def _may_take(self) -> None:
+        """Before it takes weights of members."""
+        await self._may_make.wait()
+        self._is_taking = True
 
     def _ended(self, keeping: asyncio.Task[None]) -> None:
         if not keeping.cancelled() and (error := keeping.exception()) is not None:

@@ -229,12 +229,9 @@ class GroupSwitch:
         """Who shall have which experts, by what the members counted."""
 
         async def ask(engine: EngineId) -> ExpertReport:
-            call: Any = self._record(engine).handle.expert_report.remote()
-            # a rebalancing that is under way goes on beside the steps, and is waited for
-            limit_s = self._timeouts.engine_start_s
-            return await remote_call(
-                call, limit_s=limit_s, what=f"{engine}: experts, once they are where a rebalancing moves them", engine=engine
-            )
+            limit_s = self._timeouts.engine_start_s  # a rebalancing that is under way goes on beside the steps, and is waited for
+            call: Any = self._record(engine).handle.expert_report.remote(limit_s)
+            return await remote_call(call, limit_s=limit_s + self._timeouts.control_s, what=f"{engine}: experts", engine=engine)
 
         reports = await asyncio.gather(*(ask(member.engine) for member in self.before.members))
         loads = {

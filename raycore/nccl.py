@@ -31,20 +31,21 @@ class _Ends:
     """Groups that are being left. That frees memory, for which the device has to be idle for a moment: no other is made meanwhile."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self._groups: list[Any] = []
         self._changed = threading.Condition()
 
     def begin(self, group: Any) -> None:
         """On a thread of its own."""
         with self._changed:
-            self._count += 1
+            self._groups.append(group)
         threading.Thread(target=self._end, args=(group,), name="raycore-nccl-end", daemon=True).start()
 
     def wait(self) -> None:
-        """Until none is being left, or one of them takes too long to be waited for."""
+        """Until none is being left; one that takes too long is not waited for again."""
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._count, _END_S):
-                _log.warning("an NCCL group of before could not be left for %g s", _END_S)
+            if not self._changed.wait_for(lambda: not self._groups, _END_S):
+                _log.warning("%d NCCL groups of before could not be left for %g s", len(self._groups), _END_S)
+                self._groups.clear()
 
     def _end(self, group: Any) -> None:
         try:
@@ -53,7 +54,7 @@ class _Ends:
             _log.warning("an NCCL group could not be aborted: %s", first_line(error))
         finally:
             with self._changed:
-                self._count -= 1
+                self._groups = [other for other in self._groups if other is not group]
                 self._changed.notify_all()
 
 

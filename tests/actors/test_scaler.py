@@ -15,7 +15,7 @@ from actors.roster import first_membership
 from actors.scaling import PoolScaler
 from raycore.config import Timeouts
 from raycore.engine import EngineInfo
-from raycore.errors import PoolError, ScalingError
+from raycore.errors import CapacityError, PoolError, ScalingError
 from raycore.ids import EngineId, Incarnation, Rank
 from raycore.membership import Endpoints, Member, Membership, MemberState
 
@@ -44,6 +44,8 @@ class Call:
 class Handle:
     def __init__(self) -> None:
         self.set_membership = Call()
+        self.drain = Call()
+        self.drain.is_answered.set()
 
 
 class FakeFleet:
@@ -51,13 +53,23 @@ class FakeFleet:
 
     def __init__(self) -> None:
         self.disposed: list[EngineRecord] = []
+        self.retired: list[EngineRecord] = []
         self.started: list[EngineRecord] = []
+
+    takes_turns = False
+    is_full = False
+
+    def beside_steps(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()
 
     def new_record(self, rank: Rank) -> EngineRecord:
         return record_of(rank, f"i{len(self.started)}")
 
     async def reserve(self, record: EngineRecord, node_id: str) -> None:
         record.node_id = node_id
+        if self.is_full:
+            message = "no node came"
+            raise CapacityError(message)
 
     async def start(self, record: EngineRecord, **_how: Any) -> None:
         record.member = Member(record.engine, Endpoints("host", "ipc://r", "ipc://b"), INFO, pid=1)
@@ -66,8 +78,13 @@ class FakeFleet:
     async def dispose(self, record: EngineRecord) -> None:
         self.disposed.append(record)
 
+    async def retire(self, record: EngineRecord, _drain_s: float) -> None:
+        self.retired.append(record)
+
 
 class NoStandbys:
+    warm = 0
+
     def hold(self) -> None:
         """There are none."""
 
@@ -78,6 +95,21 @@ class NoStandbys:
         return {}
 
 
+class OneStandby(NoStandbys):
+    def __init__(self) -> None:
+        self.record = record_of(0, "warm")
+        self.record.is_standby = True
+        self.warm = 1
+
+    def take(self, ranks: Sequence[Rank]) -> dict[Rank, EngineRecord]:
+        taken, self.warm = self.warm, 0
+        return {ranks[0]: self.record} if taken and ranks else {}
+
+    def take_back(self, records: Sequence[EngineRecord]) -> None:
+        assert records == [self.record]
+        self.warm = 1
+
+
 class FakeTopology:
     def __init__(self, *records: EngineRecord) -> None:
         self._records = {record.engine: record for record in records}
@@ -86,10 +118,14 @@ class FakeTopology:
     def record(self, engine: EngineId) -> EngineRecord | None:
         return self._records.get(engine)
 
+    def let_go(self, engine: EngineId) -> EngineRecord | None:
+        return self._records.pop(engine, None)
+
     async def planned_nodes(self, count: int) -> Sequence[str]:
         return ["node"] * count
 
     async def declare(self, change: Callable[[Membership], Membership], joiners: Sequence[EngineRecord] = ()) -> None:
+        await asyncio.sleep(0.005)  # members are told
         self._records.update({record.engine: record for record in joiners})
         self.membership = change(self.membership)
 
@@ -109,13 +145,12 @@ def member_of(rank: int) -> EngineRecord:
 class Rig:
     """A pool of two ranks of which the joiner of an operation does not answer, and which is cancelled."""
 
-    def __init__(self) -> None:
+    def __init__(self, standbys: Any = None) -> None:
         self.fleet = FakeFleet()
         topology: Any = FakeTopology(member_of(0), member_of(1))
         self.topology: FakeTopology = topology
         fleet: Any = self.fleet
-        standbys: Any = NoStandbys()
-        self.scaler = PoolScaler("pool", topology, fleet, QUICK, standbys, NobodyWatches())
+        self.scaler = PoolScaler("pool", topology, fleet, QUICK, standbys or NoStandbys(), NobodyWatches())
 
     def joining(self) -> list[EngineId]:
         return [member.engine for member in self.topology.membership.joining]
@@ -198,3 +233,30 @@ async def test_nothing_is_begun_once_the_pool_ends_and_who_waits_for_an_operatio
     with pytest.raises(PoolError, match="is being taken down"):
         await rig.scaler.scale(3)
     assert joiner in rig.fleet.disposed
+
+
+async def test_standbys_that_were_taken_and_not_started_are_standbys_again() -> None:
+    standbys = OneStandby()
+    rig = Rig(standbys)
+    rig.fleet.is_full = True
+    with pytest.raises(CapacityError, match="no node came"):
+        await rig.scaler.scale(4)
+    assert standbys.warm == 1
+    assert standbys.record not in rig.fleet.disposed
+    assert [record.engine.rank for record in rig.fleet.disposed] == [3]
+    await rig.scaler.close()
+
+
+async def test_who_waits_for_an_operation_never_begins_beside_another() -> None:
+    rig = Rig()
+    rig.fleet.is_full = True
+    rig.scaler.wanted_size = 3
+    leaver = rig.topology.membership.members[1].engine
+    async with asyncio.timeout(LIMIT_S):
+        await asyncio.gather(rig.scaler.evacuate([leaver]), rig.scaler.replace(Rank(2)), rig.scaler.replace(Rank(3)))
+    phases = [operation["phase"] for operation in rig.scaler.status()]
+    assert sorted(phases) == ["done", "undone", "undone", "undone"]
+    assert [member.engine.rank for member in rig.topology.membership.members] == [0]
+    assert [record.engine for record in rig.fleet.retired] == [leaver]
+    assert {record.engine.rank for record in rig.fleet.disposed} == {2, 3}
+    await rig.scaler.close()

@@ -49,7 +49,7 @@ class SimExpertEngine(SimEngine):
         self.world.check(len(everywhere) == EXPERTS, f"{self.id} steps with experts {everywhere} only")
         return sum((at + 1) * (expert + 2) * 31**rank for rank, row in enumerate(self.placed) for at, expert in enumerate(row))
 
-    async def expert_report(self) -> ExpertReport:
+    async def expert_report(self, _limit_s: float) -> ExpertReport:
         return ExpertReport({_LAYER: [list(row) for row in self.placed]}, {_LAYER: [1] * EXPERTS})
 
     async def prepare_experts(self, request: ReconfigureDistributedRequest, stamp: GroupStamp, groups: GroupSet) -> None:

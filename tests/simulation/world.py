@@ -104,6 +104,11 @@ class SimFleet:
         self._controller, self._world = controller, controller.world
         self._beside_steps = asyncio.Lock()
 
+    takes_turns = True
+
+    async def give_up(self, record: EngineRecord, members: Sequence[EngineRecord]) -> None:
+        """Engines of the simulation share no weights."""
+
     @contextlib.asynccontextmanager
     async def beside_steps(self) -> AsyncIterator[None]:
         """One at a time, as on GPUs."""
