@@ -25,7 +25,7 @@ from raycore.sampling import SamplingParams
 from raycore.tokenizer import ByteTokenizer
 from tests.actors.pools import PoolMaker, ask_controller, eventually, membership_when
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 

@@ -121,7 +121,7 @@ async def test_ranks_on_a_node_that_ray_drains_move_and_nothing_is_lost(second_n
         await eventually(is_settled, "two groups are left")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 async def test_an_expert_parallel_rank_on_a_node_that_ray_drains_is_replaced_by_a_standby(
     second_node: SecondNode, pools: PoolMaker, tmp_path: Path
 ) -> None:

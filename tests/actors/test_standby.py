@@ -111,7 +111,7 @@ async def test_a_standby_with_weights_serves_as_the_rank_that_it_becomes(pools: 
         (tmp_path / "away").rename(model)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 async def test_standbys_with_weights_join_an_expert_parallel_pool_and_end_with_it(pools: PoolMaker, tmp_path: Path) -> None:
     mixture = Mixture(pools, tmp_path, "experts")
     await mixture.open(data_parallel_size=1, standby=1, warm="weights")
@@ -154,7 +154,7 @@ async def test_standbys_with_weights_join_an_expert_parallel_pool_and_end_with_i
     assert is_gone(standby["pid"])
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 async def test_a_warm_process_joins_an_expert_parallel_pool_and_does_not_outlive_its_last_rank(pools: PoolMaker, tmp_path: Path) -> None:
     mixture = Mixture(pools, tmp_path, "processes")
     await mixture.open(data_parallel_size=2, standby=1)
