@@ -24,6 +24,7 @@ from actors.nodes import actor_processes
 from actors.processes import end_process
 from actors.remote import remote_call
 from actors.setup import PoolSetup, actor_resources, rank_demand
+from actors.together import each_of
 from actors.weights import Giver
 from elastic.placement import UNPLANNED
 from raycore.errors import CapacityError, ConfigurationError, DeadlineError, EngineDeadError, EngineStartError, RaycoreError
@@ -220,9 +221,7 @@ class Fleet:
             call: Any = member.handle.end_giving.remote(record.engine)
             await remote_call(call, limit_s=_TELL_S, what=f"{member.engine}: end of a copy")
 
-        for outcome in await asyncio.gather(*map(end, members), return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                logger.info("pool %s: %s", self._pool, outcome)
+        await each_of(map(end, members), lambda error: logger.info("pool %s: %s", self._pool, error))
 
     async def _watch_weights(self, record: EngineRecord) -> None:
         while True:

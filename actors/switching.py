@@ -13,6 +13,7 @@ from actors.fleet import EngineRecord
 from actors.lockstep import GroupMaker, Records
 from actors.remote import remote_call
 from actors.roster import brought_back, with_members, without, without_engine
+from actors.together import each_of
 from elastic.expert_change import plan_change
 from elastic.operation import Operation
 from raycore.config import Timeouts
@@ -104,9 +105,8 @@ class GroupSwitch:
                 call: Any = record.handle.undo_reconfiguration.remote(operation.id, self.before.term)
                 await remote_call(call, limit_s=_UNDO_S, what=f"{engine}: undo", engine=engine)
 
-        for outcome in await asyncio.gather(*map(undo, sorted(self._asked, key=lambda e: e.rank)), return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                logger.warning("pool %s: operation %s: %s", self._pool, operation.id, outcome)
+        asked = sorted(self._asked, key=lambda e: e.rank)
+        await each_of(map(undo, asked), lambda error: logger.warning("pool %s: operation %s: %s", self._pool, operation.id, error))
 
     async def keep(self, operation: Operation) -> dict[EngineId, RaycoreError]:
         """Give the decision to every participant; who did not take it, and why."""
@@ -138,10 +138,7 @@ class GroupSwitch:
             call: Any = self._record(engine).handle.group_formed.remote(stamp)
             await remote_call(call, limit_s=self._timeouts.control_s, what=f"{engine}: way back", engine=engine)
 
-        members = [member.engine for member in self.before.members]
-        for outcome in await asyncio.gather(*map(back, members), return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                logger.warning("pool %s: %s", self._pool, outcome)
+        await each_of(map(back, self._members_before()), self._log)
 
     async def release(self) -> None:
         """Every member has confirmed: have all of them let go of the groups before."""
@@ -152,10 +149,10 @@ class GroupSwitch:
                 call: Any = record.handle.release_groups.remote(self.stamp)
                 await remote_call(call, limit_s=self._timeouts.control_s, what=f"{engine}: release", engine=engine)
 
-        members = [member.engine for member in self.then.members]
-        for outcome in await asyncio.gather(*map(release, members), return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                logger.warning("pool %s: %s", self._pool, outcome)
+        await each_of((release(member.engine) for member in self.then.members), self._log)
+
+    def _log(self, error: BaseException) -> None:
+        logger.warning("pool %s: %s", self._pool, error)
 
     def committed(self, now: Membership, joined: Sequence[EngineId], lost: Mapping[EngineId, str]) -> Membership:
         """What is decided: the membership that was prepared, or where somebody was lost meanwhile, the others in groups of their own.

@@ -1,9 +1,9 @@
-"""Several pieces of work at once, none of which outlives the others' failure."""
+"""Several pieces of work at once: none outlives the others' failure, or each goes on whatever becomes of the others."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -19,3 +19,10 @@ async def all_of(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+async def each_of(work: Iterable[Coroutine[Any, Any, None]], on_failure: Callable[[BaseException], None]) -> None:
+    """Do all of it; `on_failure` is called with each failure, in order, when the last has ended."""
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if outcome is not None:
+            on_failure(outcome)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from actors.serve_flags import use_flags
+
 # A shell that starts a job in the background has it ignore Ctrl-C, and so would everything below it; here it is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -21,8 +23,7 @@ os.environ["RAYCORE_DEBUG_CHECKS"] = "1"
 os.environ["RAYCORE_EVENT_LOG"] = "off"
 """Pools of tests leave no event logs, except where a test asks for one."""
 
-os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50")
-"""Serve ends a proxy that takes longer to start; by default 5 s, which is not enough on a busy machine."""
+use_flags(haproxy=False)
 
 _LEFTOVER_LIMIT_S = 15.0
 """Ray gives up a killed actor's name and resources a moment after the process is gone."""

@@ -9,9 +9,8 @@ from typing import Any
 from actors.groups import pool_groups
 from actors.naming import Role, named_actors
 from raycore.client.client import EngineCoreClient
-from raycore.engines.torch.upcycle import upcycle
 from tests.actors.pools import PoolMaker
-from tests.torch_engine.tiny import GREEDY, driver_of, prompts, save_llama
+from tests.torch_engine.tiny import GREEDY, driver_of, prompts, save_mixture
 
 START_S = 120.0
 """A process with torch, on a machine that does much else."""
@@ -22,9 +21,8 @@ class Mixture:
 
     def __init__(self, pools: PoolMaker, folder: Path, pool: str) -> None:
         self._pools, self._folder, self._pool = pools, folder, pool
-        dense = save_llama(folder / "dense")
-        upcycle(str(dense), str(folder / "moe"))
-        plain = driver_of(dense)
+        save_mixture(folder)
+        plain = driver_of(folder / "dense")
         self.prompts = prompts(4)
         self.texts = [plain.one(prompt, GREEDY).tokens for prompt in self.prompts]
 

@@ -13,7 +13,6 @@ import pytest
 
 from raycore.core.grouping import GroupKeeper
 from raycore.engines.torch import expert_slots
-from raycore.engines.torch.upcycle import upcycle
 from raycore.errors import LockstepError, ScalingError
 from raycore.groups import ProcessGroup
 from raycore.ids import Epoch, GroupStamp, Term
@@ -21,7 +20,7 @@ from raycore.membership import Handover
 from raycore.sampling import SamplingParams
 from tests.support.lockstep import LockstepPool, client_of, lockstep_pool
 from tests.support.waiting import LIMIT_S, until
-from tests.torch_engine.tiny import driver_of, prompts, save_llama
+from tests.torch_engine.tiny import driver_of, prompts, save_mixture
 
 PROMPTS = prompts(4)
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
@@ -30,9 +29,7 @@ ALL = {"0", "1", "2", "3"}
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("handover")
-    upcycle(str(save_llama(folder / "dense")), str(folder / "moe"))
-    return folder / "moe"
+    return save_mixture(tmp_path_factory.mktemp("handover"))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import psutil
 import ray.util
 from ray.job_submission import JobSubmissionClient
 
+from actors.serve_flags import PATIENCE
 from tests.support.waiting import wait_until
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -89,7 +90,7 @@ def ray_head() -> Iterator[Head]:
     environment |= {
         "RAY_AUTH_MODE": "disabled",
         "NO_COLOR": "1",
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "50",
+        **PATIENCE,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     fake_nodes = {

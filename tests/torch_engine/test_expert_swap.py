@@ -17,14 +17,13 @@ from raycore.engines.torch import expert_moves as moves
 from raycore.engines.torch.expert_map import LayerMap
 from raycore.engines.torch.expert_moves import SwapPlan
 from raycore.engines.torch.expert_parallel import ExpertParallel
-from raycore.engines.torch.upcycle import upcycle
 from raycore.errors import ConfigurationError, EngineStateError, InvalidArgumentsError, LockstepError
 from raycore.groups import ElasticEngine, GroupKind, GroupSet, ProcessGroup, Reconfiguration
 from raycore.ids import Epoch, GroupStamp, Rank, Term
 from raycore.sampling import SamplingParams
 from tests.torch_engine.conftest import Driver
 from tests.torch_engine.ranks import Ranks, ranks_on
-from tests.torch_engine.tiny import driver_of, engine_on, prompts, save_llama
+from tests.torch_engine.tiny import driver_of, engine_on, prompts, save_mixture
 
 PROMPTS = prompts(4)
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -34,9 +33,7 @@ Rows = list[list[int]]
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("swap")
-    upcycle(str(save_llama(folder / "dense")), str(folder / "moe"))
-    return folder / "moe"
+    return save_mixture(tmp_path_factory.mktemp("swap"))
 
 
 @pytest.fixture(scope="module")

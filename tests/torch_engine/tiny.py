@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from raycore.engines.torch import TorchEngine, TorchEngineOptions
+from raycore.engines.torch.upcycle import upcycle
 from raycore.sampling import SamplingParams
 from tests.torch_engine.conftest import DEVICE, Driver
 
@@ -33,6 +34,12 @@ def save_llama(path: Path, seed: int = 0, **config: Any) -> Path:
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**{**TINY, **config})).save_pretrained(path)
     return path
+
+
+def save_mixture(folder: Path) -> Path:
+    """A mixture of four experts that says what the dense model beside it, `folder / "dense"`, says."""
+    upcycle(str(save_llama(folder / "dense")), str(folder / "moe"))
+    return folder / "moe"
 
 
 def save_mixtral(path: Path) -> Path:
